@@ -1,0 +1,75 @@
+"""Global batches on host CPUs through Grain.
+
+Batch k is a pure function of (seed, k): sample `index = k·B + row` takes its record from the epoch's shuffle and its
+random numbers from generators addressed by (seed, index). Processes and workers only divide the rows among them, so
+their number changes nothing, and the step is the whole position of the data.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import grain.python as grain
+import numpy as np
+from absl import flags
+
+Sample = dict[str, np.ndarray]
+Sampler = Callable[[int, np.random.Generator, np.random.Generator], Sample]
+
+_SAMPLE, _BATCH, _SHUFFLE = range(3)  # first part of a generator's address
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples(grain.RandomAccessDataSource):
+    """The rows of all global batches that one process computes.
+
+    Attributes:
+      sampler: `(record, rng, batch_rng) -> sample`; `rng` is the sample's own, `batch_rng` equal for a whole batch.
+      records: number of records; every epoch uses each once.
+      seed: of the run.
+      global_batch: samples in a batch over all processes.
+      steps: batches in all.
+      process, processes: which contiguous share of the rows is this process's.
+    """
+
+    sampler: Sampler
+    records: int
+    seed: int
+    global_batch: int
+    steps: int
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def local_batch(self) -> int:
+        return self.global_batch // self.processes
+
+    def __len__(self) -> int:
+        return self.steps * self.local_batch
+
+    def __getitem__(self, position: int) -> Sample:
+        step, row = divmod(position, self.local_batch)
+        index = step * self.global_batch + self.process * self.local_batch + row
+        epoch, place = divmod(index, self.records)
+        record = int(self._generator(_SHUFFLE, epoch).permutation(self.records)[place])
+        return self.sampler(record, self._generator(_SAMPLE, index), self._generator(_BATCH, step))
+
+    def _generator(self, *address: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *address])
+
+
+def batches(samples: Samples, *, start_step: int = 0, workers: int = 0, threads: int = 2) -> Iterator[Sample]:
+    """This process's part of the batches start_step, start_step + 1, …
+
+    Args:
+      workers: processes that compute samples; 0 computes them in threads of this one.
+      threads: threads per process, each holding about one sample.
+    """
+    dataset = grain.MapDataset.source(samples).batch(samples.local_batch, drop_remainder=True)[start_step:]
+    # Grain's default buffer of 500 elements suits small records and would fill the memory with volumes.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    stream = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+    return iter(stream)

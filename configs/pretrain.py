@@ -1,0 +1,96 @@
+"""Alice pretraining on unlabelled CT.
+
+    python -m alice_jax.train --config=configs/pretrain.py --config.data.store=DIR --workdir=runs/pretrain
+
+`configs/pretrain.py` is the full-size model for one accelerator or, slowly, a computer without one.
+`configs/pretrain.py:pod` is the paper's recipe: 64 pairs in a global batch, 8 on each of 8 devices.
+`configs/pretrain.py:tiny` fits two CPU cores: the built-in cohort in about two minutes.
+
+With no `data.store` the built-in cohort is used. Durations are "N steps", "N epochs", "N %" of the run, or the
+shortest of several, separated by commas.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; `variant` is "", "pod" or "tiny"."""
+    if variant not in ("", "pod", "tiny"):
+        raise ValueError(f"configs/pretrain.py:{variant}: the variants are pod and tiny")
+    config = ConfigDict()
+    config.objective = "alice"
+    config.seed = 0
+    config.batch_size = 8  # pairs in the global batch
+    config.microbatch = 0  # pairs that a device computes at once; 0: 1 on a CPU, all on an accelerator
+    config.steps = 100_000
+    config.precision = "bfloat16"  # of the computation on an accelerator; parameters, softmax and losses are float32
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 3
+    config.log_every = 10
+    config.validate_every = 500
+
+    config.data = ConfigDict()
+    config.data.store = ""
+    config.data.workers = 0  # processes that mine pairs; 0: threads of the training process
+    config.data.threads = 4  # per process
+    config.data.validation_fraction = 0.1  # of the scans, never trained on
+    config.data.validation_samples = 16
+
+    config.views = ConfigDict()
+    config.views.kind = "mined"  # or "random": the same crops without matching
+    config.views.threshold = 0.7
+    config.views.tries_per_partner = 10
+    config.views.tries = 100
+    config.views.crop_shape_zyx = (64, 64, 64)
+    config.views.mask_ratio = 0.75
+
+    config.model = ConfigDict()
+    config.model.width = 48
+    config.model.depths = (2, 2, 2, 2)
+    config.model.heads = (6, 12, 24, 48)
+    config.model.windows = (4, 4, 8, 4)
+    config.model.drop_path = 0.2
+    config.model.head_hidden = 2048
+    config.model.bottleneck = 256
+    config.model.prototypes = 512
+    config.model.casa_heads = 8
+    config.model.casa_inner = 2048
+
+    config.method = ConfigDict()
+    config.method.mode = "paper"  # or "release": what the authors' code computes
+    config.method.teacher_momentum = (0.996, 1.0)
+    config.method.teacher_temperature = (0.04, 0.07)
+    config.method.temperature_warmup = "50 epochs, 10 %"
+    config.method.freeze_last_layer = "1 epochs, 10 %"
+
+    config.loss = ConfigDict()
+    config.loss.invariance = 1.0
+    config.loss.alignment = 1.0
+    config.loss.reconstruction = 10.0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.lr = 7e-5  # the paper's 2e-4 for 64 pairs, by the square root of the batch
+    config.optimizer.min_lr = 1e-6
+    config.optimizer.warmup = "50 epochs, 10 %"
+    config.optimizer.weight_decay = (0.04, 0.4)
+    config.optimizer.clip = 3.0
+
+    if variant == "pod":
+        config.batch_size = 64
+        config.optimizer.lr = 2e-4
+    if variant == "tiny":
+        config.batch_size = 4
+        config.steps = 100
+        config.precision = "float32"
+        config.checkpoint_every = config.validate_every = 25
+        config.log_every = 5
+        config.data.threads = 2
+        config.data.validation_samples = 8
+        config.views.crop_shape_zyx = (48, 48, 48)
+        config.model.width = 24
+        config.model.heads = (3, 6, 12, 24)
+        config.model.head_hidden = 256
+        config.model.bottleneck = 64
+        config.model.casa_inner = 256
+        config.optimizer.lr = 1e-3
+    return config.lock()
