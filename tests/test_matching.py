@@ -1,0 +1,234 @@
+"""Codec of embeddings and the search: small cases with known answers."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from alice_jax.data import embeddings, matching
+from alice_jax.data.store import Scan, Store
+from alice_jax.errors import UserError
+
+SHAPE = (24, 20, 28)
+STRIDE, COARSE_STRIDE = (2, 2, 2), (4, 8, 8)
+
+
+def make_codec(channels=16, dims=16, embedder="a" * 64, seed=0):
+    rng = np.random.default_rng(seed)
+    levels = [
+        embeddings.fit_level([embeddings.normalise(rng.normal(size=(500, channels)))], stride, dims)
+        for stride in (STRIDE, COARSE_STRIDE)
+    ]
+    return embeddings.Codec(embedder, (2.0, 2.0, 2.0), *levels)
+
+
+def make_store(path):
+    return Store.create(path, (2.0, 2.0, 2.0))
+
+
+def add_scan(store, id, shape=SHAPE, body=None):
+    half = tuple(-(-n // 2) for n in shape)
+    foreground = np.ones(half, bool) if body is None else body
+    box = ((0, 0, 0), shape)
+    original = {"affine_ras": np.eye(4).tolist(), "shape_ijk": list(shape), "dtype": "int16", "axcodes": "LPS"}
+    direction = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    scan = Scan(id, "made", "0" * 64, id, shape, (2.0, 2.0, 2.0), (0.0, 0.0, 0.0), direction, box, original)
+    store.write_scan(scan, np.zeros(shape, np.int16), foreground)
+
+
+def random_vectors(grid, seed, channels=16):
+    return embeddings.normalise(np.random.default_rng(seed).normal(size=(*grid, channels))).astype(np.float32)
+
+
+def grids(shape=SHAPE):
+    return [tuple(-(-n // s) for n, s in zip(shape, stride, strict=True)) for stride in (STRIDE, COARSE_STRIDE)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = make_store(tmp_path / "store")
+    codec = make_codec()
+    codec.save(store)
+    fine_grid, coarse_grid = grids()
+    for seed, id in enumerate(("a", "b")):
+        add_scan(store, id)
+        embeddings.write_embedding(store, id, codec, random_vectors(fine_grid, seed), random_vectors(coarse_grid, seed))
+    return store
+
+
+def test_a_scan_matches_to_itself_within_half_a_stride(store):
+    embedding = matching.read_embedding(store, "a")
+    points = np.array([[0, 0, 0], [23, 19, 27], [11, 6, 13], [4, 18, 1]])
+    match = matching.match(embedding, points, embedding)
+    assert np.abs(match.points_zyx_vox - points).max() <= 0.5
+    np.testing.assert_allclose(match.scores, 1, atol=5e-3)
+
+
+def test_a_translated_volume_matches_with_the_translation(tmp_path):
+    store, codec = make_store(tmp_path / "store"), make_codec()
+    codec.save(store)
+    fine_grid, coarse_grid = grids()
+    big = random_vectors([n + 4 for n in fine_grid], 3)
+    flat = np.broadcast_to(random_vectors((1, 1, 1), 4), (*coarse_grid, 16))
+    for id, (dz, dy, dx) in (("a", (0, 0, 0)), ("b", (1, 2, 4))):
+        add_scan(store, id)
+        fine = big[dz : dz + fine_grid[0], dy : dy + fine_grid[1], dx : dx + fine_grid[2]]
+        embeddings.write_embedding(store, id, codec, fine, flat)
+    points = np.array([[10, 12, 14], [4, 6, 10], [20, 18, 26]])
+    match = matching.match(matching.read_embedding(store, "a"), points, matching.read_embedding(store, "b"))
+    np.testing.assert_allclose(match.points_zyx_vox, points - 2 * np.array([1, 2, 4]) + 0.5)
+
+
+def test_each_axis_is_limited_by_its_own_length():
+    # The release limits x by the number of rows and y by that of columns.
+    grid, shape = (3, 5, 9), (6, 10, 17)
+    cells = matching.cell_of_points(np.array([[99, 99, 99], [-5, -5, -5]]), (2, 2, 2), grid)
+    np.testing.assert_array_equal(cells, [[2, 4, 8], [0, 0, 0]])
+    points = matching.points_of_cells(np.array([[2, 4, 8]]), (2, 2, 2), shape)
+    np.testing.assert_allclose(points, [[4.5, 8.5, 16.0]])
+
+
+def test_search_is_the_dense_argmax_whatever_the_slabs(store):
+    query, key = (matching.read_embedding(store, id) for id in "ab")
+    cells = np.argwhere(np.ones(query.grid_zyx))[::7]
+    vectors = query.vectors(cells) / 2
+    dense = (vectors @ key.keys.T).argmax(axis=1)
+    for size in (1000, 37):
+        index, _ = matching.search(vectors, (key.keys[i : i + size] for i in range(0, len(key.keys), size)))
+        np.testing.assert_array_equal(index, dense)
+
+
+def test_score_is_the_mean_of_fine_and_upsampled_coarse_similarity(store):
+    query, key = (matching.read_embedding(store, id) for id in "ab")
+    point = np.array([[11, 6, 13]])
+    match = matching.match(query, point, key)
+    cell, found = point[0] // 2, (match.points_zyx_vox[0] // 2).astype(int)
+    fine = [e.codec.fine.decode(e.fine)[tuple(c)] for e, c in ((query, cell), (key, found))]
+    ratios = tuple(f / c for f, c in zip(STRIDE, COARSE_STRIDE, strict=True))
+    coarse = [
+        np.stack(list(embeddings.upsampled_slabs(e.codec.coarse.decode(e.coarse), e.grid_zyx, ratios)))[tuple(c)]
+        for e, c in ((query, cell), (key, found))
+    ]
+    assert match.scores[0] == pytest.approx((fine[0] @ fine[1] + coarse[0] @ coarse[1]) / 2, abs=1e-6)
+
+
+def test_background_is_neither_stored_nor_found(tmp_path):
+    store, codec = make_store(tmp_path / "store"), make_codec()
+    codec.save(store)
+    fine_grid, coarse_grid = grids()
+    body = np.zeros(fine_grid, bool)
+    body[3:9, 2:8, 4:10] = True
+    fine, coarse = random_vectors(fine_grid, 0), random_vectors(coarse_grid, 0)
+    for id, mask in (("whole", None), ("part", body)):
+        add_scan(store, id, body=mask)
+        embeddings.write_embedding(store, id, codec, fine, coarse)
+    part = matching.read_embedding(store, "part")
+    assert not part.fine[~body].any()
+    points = np.random.default_rng(0).integers(0, SHAPE, size=(50, 3))
+    found = matching.match(matching.read_embedding(store, "whole"), points, part).points_zyx_vox
+    assert body[tuple((found // 2).astype(int).T)].all()
+
+
+def test_empty_body_is_a_clear_error(tmp_path):
+    store, codec = make_store(tmp_path / "store"), make_codec()
+    codec.save(store)
+    fine_grid, coarse_grid = grids()
+    add_scan(store, "empty", body=np.zeros(fine_grid, bool))
+    embeddings.write_embedding(store, "empty", codec, random_vectors(fine_grid, 0), random_vectors(coarse_grid, 0))
+    empty = matching.read_embedding(store, "empty")
+    with pytest.raises(UserError, match="empty"):
+        matching.match(empty, np.zeros((1, 3), int), empty)
+
+
+def test_missing_embedding_is_a_clear_error(store):
+    add_scan(store, "new")
+    with pytest.raises(UserError, match="new has no embedding; run python -m"):
+        matching.read_embedding(store, "new")
+
+
+def test_an_embedding_of_another_embedder_is_refused(store):
+    old = matching.read_embedding(store, "a")
+    other = make_codec(embedder="b" * 64)
+    other.save(store)
+    with pytest.raises(UserError, match="embedded by"):
+        matching.read_embedding(store, "b")
+    fine_grid, coarse_grid = grids()
+    embeddings.write_embedding(store, "b", other, random_vectors(fine_grid, 1), random_vectors(coarse_grid, 1))
+    with pytest.raises(UserError, match="different embedders"):
+        matching.match(old, np.zeros((1, 3), int), matching.read_embedding(store, "b"))
+
+
+def test_interrupted_writing_counts_as_not_embedded(store, monkeypatch):
+    codec, (fine_grid, coarse_grid) = embeddings.read_codec(store), grids()
+    write = store.write_array
+
+    def stop_at_coarse(id, name, *args, **kwargs):
+        if name == "coarse":
+            raise KeyboardInterrupt
+        write(id, name, *args, **kwargs)
+
+    monkeypatch.setattr(store, "write_array", stop_at_coarse)
+    with pytest.raises(KeyboardInterrupt):
+        embeddings.write_embedding(store, "a", codec, random_vectors(fine_grid, 5), random_vectors(coarse_grid, 5))
+    assert embeddings.embedded_by(store, "a") is None
+    assert embeddings.embedded_by(store, "b") == codec.hash
+
+
+def test_codec_survives_the_store(store):
+    codec = make_codec()
+    read = embeddings.read_codec(store)
+    assert read.hash == codec.hash
+    np.testing.assert_array_equal(read.fine.projection, codec.fine.projection)
+
+
+def test_a_full_set_of_directions_keeps_cosines():
+    codec = make_codec(channels=16, dims=16)
+    vectors = random_vectors((200,), 7)
+    stored = codec.fine.decode(codec.fine.encode(vectors))
+    assert np.abs(stored @ stored.T - vectors @ vectors.T).max() < 0.02
+
+
+def test_projection_finds_the_subspace_that_the_vectors_lie_in():
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(128, 24)))[0]
+    vectors = embeddings.normalise(random_vectors((4000,), 1, channels=24) @ basis.T)
+    level = embeddings.fit_level([vectors[:3700]], STRIDE, 24)
+    unseen = vectors[3700:]
+    stored = level.decode(level.encode(unseen))
+    assert np.abs(stored @ stored.T - unseen @ unseen.T).max() < 0.02
+
+
+def test_body_cells_at_a_wider_stride_cover_every_body_mask_cell():
+    foreground = np.zeros((5, 4, 4), bool)
+    foreground[4, 3, 0] = True
+    cells = embeddings.body_cells(foreground, (3, 2, 2), (4, 4, 4))
+    assert np.argwhere(cells).tolist() == [[2, 1, 0]]
+
+
+def test_reader_keeps_within_its_bytes_and_pickles(store):
+    one = matching.read_embedding(store, "a")
+    reader = matching.EmbeddingReader(store, cache_bytes=one.nbytes)
+    assert reader("a") is reader("a")
+    first = reader("a")
+    reader("b")
+    assert reader("a") is not first
+    roomy = matching.EmbeddingReader(store, cache_bytes=2 * one.nbytes)
+    first = roomy("a")
+    roomy("b")
+    assert roomy("a") is first
+    matching.match(roomy("b"), np.zeros((1, 3), int), first)  # expands it beyond the limit
+    roomy("b")
+    assert roomy("a") is not first
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(reader))("a").fine, one.fine)
+
+
+@pytest.mark.parametrize(
+    "point, expected",
+    [
+        pytest.param([-0.5, -0.5, -0.5], [9.5, -0.5, -0.5], id="low corner to low corner"),
+        pytest.param([9.5, 19.5, 4.5], [19.5, 9.5, 9.5], id="high corner to high corner"),
+        pytest.param([4.5, 9.5, 2.0], [14.5, 4.5, 4.5], id="centre to centre"),
+    ],
+)
+def test_relative_position(point, expected):
+    box_a, box_b = ((0, 0, 0), (10, 20, 5)), ((10, 0, 0), (20, 10, 10))
+    np.testing.assert_allclose(matching.relative_position(np.array([point]), box_a, box_b), [expected])
