@@ -26,7 +26,7 @@ class Metrics:
             return
         os.makedirs(workdir, exist_ok=True)
         _drop_after(self._path, first_step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115: closed by close()
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115: closed by __exit__
         self._events = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step or None)
         self._bar = tqdm.tqdm(
             total=total_steps,
@@ -63,7 +63,10 @@ class Metrics:
         if self._enabled:
             self._bar.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._bar.close()
             self._file.close()

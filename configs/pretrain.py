@@ -4,6 +4,7 @@
 
 `configs/pretrain.py` is the full-size model for one accelerator or, slowly, a computer without one.
 `configs/pretrain.py:pod` is the paper's recipe: 64 pairs in a global batch, 8 on each of 8 devices.
+`configs/pretrain.py:release` computes what the authors' code does, with the settings of its README.
 `configs/pretrain.py:tiny` fits two CPU cores: the built-in cohort in about two minutes.
 
 With no `data.store` the built-in cohort is used. Durations are "N steps", "N epochs", "N %" of the run, or the
@@ -14,16 +15,16 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` is "", "pod" or "tiny"."""
-    if variant not in ("", "pod", "tiny"):
-        raise ValueError(f"configs/pretrain.py:{variant}: the variants are pod and tiny")
+    """The recipe; `variant` is "", "pod", "release" or "tiny"."""
+    if variant not in ("", "pod", "release", "tiny"):
+        raise ValueError(f"configs/pretrain.py:{variant}: the variants are pod, release and tiny")
     config = ConfigDict()
     config.objective = "alice"
     config.seed = 0
     config.batch_size = 8  # pairs in the global batch
     config.microbatch = 0  # pairs that a device computes at once; 0: 1 on a CPU, all on an accelerator
     config.steps = 100_000
-    config.precision = "bfloat16"  # of the computation on an accelerator; parameters, softmax and losses are float32
+    config.precision = "auto"  # of the computation: "bfloat16", "float32", or bfloat16 on accelerators alone
     config.checkpoint_every = 500
     config.keep_checkpoints = 3
     config.log_every = 10
@@ -78,10 +79,17 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "pod":
         config.batch_size = 64
         config.optimizer.lr = 2e-4
+    if variant == "release":
+        config.method.mode = "release"
+        config.method.teacher_temperature = (0.008, 0.01)
+        config.method.temperature_warmup = "30 epochs"
+        config.method.freeze_last_layer = "1 epochs"
+        config.optimizer.lr = 5e-5  # times batch_size / 256 in this mode, so that the "decay" to min_lr is a rise
+        config.optimizer.min_lr = 1e-4
+        config.optimizer.warmup = "50 epochs"
     if variant == "tiny":
         config.batch_size = 4
         config.steps = 100
-        config.precision = "float32"
         config.checkpoint_every = config.validate_every = 25
         config.log_every = 5
         config.data.threads = 2

@@ -7,12 +7,13 @@ their number changes nothing, and the step is the whole position of the data.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain.python as grain
 import numpy as np
 from absl import flags
 
-Sample = dict[str, np.ndarray]
+Sample = dict[str, Any]  # arrays for the devices, and under "meta" arrays for the host's records
 Sampler = Callable[[int, np.random.Generator, np.random.Generator], Sample]
 
 _SAMPLE, _BATCH, _SHUFFLE = range(3)  # first part of a generator's address

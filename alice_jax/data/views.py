@@ -4,7 +4,7 @@ Everything is drawn from the generator that is handed in, so a sample is a pure 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -61,24 +61,24 @@ class PairSampler:
     """`sampler(record, rng, batch_rng)` gives the sample whose query is the record-th scan.
 
     Attributes:
+      embeddings: reads a scan's embedding, for mined pairs; None draws the partner's point at random too.
       scan_ids: the scans that queries and partners come from.
       crop_shape_zyx: voxels of a crop.
       mask_grid: cells of the mask.
       mask_ratio: share of hidden cells.
       column_masks: release masks, drawn once for the whole batch; otherwise each crop draws its own blocks.
-      mined: match the query point in the partner; otherwise the partner's point is random too.
       threshold: score from which a match is accepted.
       tries_per_partner: points tried in one partner before another is drawn.
       tries: points tried in all.
     """
 
     store: Store
+    embeddings: Callable[[str], matching.Embedding] | None
     scan_ids: tuple[str, ...]
     crop_shape_zyx: tuple[int, int, int]
     mask_grid: tuple[int, int, int]
     mask_ratio: float = 0.75
     column_masks: bool = False
-    mined: bool = True
     threshold: float = 0.7
     tries_per_partner: int = 10
     tries: int = 100
@@ -86,8 +86,13 @@ class PairSampler:
     def __call__(
         self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """"volumes" `(2, depth, height, width, 1)` in [0, 1], "hidden" `(2, *mask_grid)` and how they were found."""
-        pair = self.mine(record, rng) if self.mined else self.draw(record, rng)
+        """The sample as arrays.
+
+        Returns:
+          "volumes" `(2, depth, height, width, 1)` in [0, 1]; "hidden" `(2, *mask_grid)`, True where the student does
+          not see; and under "meta" which scans and points these are and how they were found.
+        """
+        pair = self.draw(record, rng) if self.embeddings is None else self.mine(record, rng, self.embeddings)
         scans = (self.scan_ids[record], self.scan_ids[pair.key])
         points = (pair.query_point_zyx_vox, pair.key_point_zyx_vox)
         crops = [
@@ -100,11 +105,13 @@ class PairSampler:
         return {
             "volumes": np.stack(crops)[..., None],
             "hidden": np.stack(hidden),
-            "scans": np.array([record, pair.key], np.int32),
-            "points_zyx_vox": np.stack(points).astype(np.int32),
-            "score": np.float32(pair.score),
-            "redraws": np.int32(pair.redraws),
-            "weak": np.bool_(pair.weak),
+            "meta": {
+                "scans": np.array([record, pair.key], np.int32),
+                "points_zyx_vox": np.stack(points).astype(np.int32),
+                "score": np.float32(pair.score),
+                "redraws": np.int32(pair.redraws),
+                "weak": np.bool_(pair.weak),
+            },
         }
 
     def partner(self, record: int, rng: np.random.Generator) -> int:
@@ -118,18 +125,20 @@ class PairSampler:
         query_point = foreground_points(self.store, self.scan_ids[record], rng, 1)[0]
         return Pair(key, query_point, foreground_points(self.store, self.scan_ids[key], rng, 1)[0])
 
-    def mine(self, record: int, rng: np.random.Generator) -> Pair:
+    def mine(
+        self, record: int, rng: np.random.Generator, embeddings: Callable[[str], matching.Embedding]
+    ) -> Pair:
         """The first match above the threshold, or the best of all tries, flagged as weak.
 
         After `tries_per_partner` failures another partner is drawn, since some scans share no anatomy. The release
         keeps its last try instead of its best.
         """
-        query = matching.read_embedding(self.store, self.scan_ids[record])
+        query = embeddings(self.scan_ids[record])
         best: Pair | None = None
         for tried in range(0, self.tries, self.tries_per_partner):
             key = self.partner(record, rng)
             points = foreground_points(self.store, self.scan_ids[record], rng, self.tries_per_partner)
-            match = matching.match(query, points, matching.read_embedding(self.store, self.scan_ids[key]))
+            match = matching.match(query, points, embeddings(self.scan_ids[key]))
             accepted = np.flatnonzero(match.scores > self.threshold)
             chosen = int(accepted[0]) if len(accepted) else int(np.argmax(match.scores))
             if best is None or match.scores[chosen] > best.score:

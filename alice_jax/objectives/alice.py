@@ -17,7 +17,7 @@ from alice_jax import losses, optimizer
 from alice_jax.data.masks import hidden_count
 from alice_jax.models.casa import CASA
 from alice_jax.models.heads import Head
-from alice_jax.models.nnformer import NNFormer
+from alice_jax.models.nnformer import NNFormer, mean_token
 from alice_jax.objectives import Batch, Objective
 
 Tree = Any
@@ -216,7 +216,7 @@ class Alice:
         )
 
         def cls_logits(tree, module, skips):
-            features = head(tree, module, "project", skips[-1].mean((1, 2, 3)), "cls")
+            features = head(tree, module, "project", mean_token(skips[-1]), "cls")
             return head(tree, module, "logits", features, "cls")
 
         if weights.invariance:
@@ -288,8 +288,11 @@ class Alice:
         student = {name: params[name] for name in extra["teacher"]}
         student["head"] = {name: student["head"][name] for name in extra["teacher"]["head"]}
         teacher = jax.tree.map(lambda t, s: momentum * t + (1 - momentum) * s, extra["teacher"], student)
-        centers = {name: losses.moved_center(extra[name], mean) for name, mean in stats.items()}
-        return extra | {"teacher": teacher} | centers
+        return self.moved_centers(extra, stats) | {"teacher": teacher}
+
+    def moved_centers(self, extra: Tree, stats: Tree) -> Tree:
+        """`extra` with the centers after a batch whose mean teacher logits are `stats`."""
+        return extra | {name: losses.moved_center(extra[name], mean) for name, mean in stats.items()}
 
 
 def group_rules(alice: Alice) -> optimizer.Rules:

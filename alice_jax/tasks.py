@@ -1,0 +1,205 @@
+"""From a configuration to what the training loop needs: an objective and its samples.
+
+The one place inside the package that reads configuration fields; everything below takes plain arguments.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from alice_jax import schedules
+from alice_jax.data.embeddings import EmbeddingReader
+from alice_jax.data.pipeline import Sampler
+from alice_jax.data.store import Store
+from alice_jax.data.views import PairSampler
+from alice_jax.errors import UserError
+from alice_jax.objectives import Objective, alice
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a run optimises and on what.
+
+    Attributes:
+      objective: the device side.
+      sampler: the host side, over `scans`.
+      scans: the training scans.
+      validation_sampler, validation_scans: the same over the scans held out.
+      volumes_per_sample: crops that a sample carries, for the throughput.
+    """
+
+    objective: Objective
+    sampler: Sampler
+    scans: tuple[str, ...]
+    validation_sampler: Sampler | None
+    validation_scans: tuple[str, ...]
+    volumes_per_sample: int = 2
+
+
+def make(config: ConfigDict, store: Store) -> Task:
+    """The task that `config.objective` names."""
+    if config.objective not in TASKS:
+        raise UserError(f"objective {config.objective!r}: choose one of {', '.join(TASKS)}")
+    return TASKS[config.objective](config, store)
+
+
+def split(scans: list[str], fraction: float, at_least: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation scans, evenly spaced over the sorted ids; `at_least` scans on either side or none held out.
+
+    >>> split(["a", "b", "c", "d"], 0.25, at_least=1)
+    (('b', 'c', 'd'), ('a',))
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.validation_fraction {fraction}: give a share of the scans from 0 to below 1")
+    count = max(at_least, round(fraction * len(scans))) if fraction else 0
+    if len(scans) - count < at_least:
+        count = 0
+    held_out = {scans[i * len(scans) // count] for i in range(count)}
+    return tuple(s for s in scans if s not in held_out), tuple(s for s in scans if s in held_out)
+
+
+def compute_dtype(precision: str) -> Any:
+    """The dtype of matmuls and convolutions; parameters, normalisation, softmax and losses stay in float32."""
+    if precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"precision {precision!r}: choose auto, float32 or bfloat16")
+    return jnp.dtype(precision)
+
+
+def alice_networks(config: ConfigDict) -> alice.Alice:
+    """The networks of a pretraining configuration; export and report build them from a workdir's config."""
+    model, mode_name = config.model, config.method.mode
+    if mode_name not in alice.MODES:
+        raise UserError(f"method.mode {mode_name!r}: choose paper or release")
+    mode, dtype = alice.MODES[mode_name], compute_dtype(config.precision)
+    release = mode_name == "release"
+    casa_width = model.prototypes if mode.casa_on == "logits" else model.bottleneck
+    if casa_width % model.casa_heads:
+        raise UserError(f"model.casa_heads {model.casa_heads}: must divide the width of the alignment, {casa_width}")
+    return alice.Alice(
+        mode=mode,
+        backbone=alice.NNFormer(
+            width=model.width,
+            depths=tuple(model.depths),
+            heads=tuple(model.heads),
+            windows=tuple(model.windows),
+            drop_path=model.drop_path,
+            position_index="release" if release else "correct",
+            mask_tokens=not release,
+            dtype=dtype,
+        ),
+        head=alice.Head(
+            width=model.width * 8,
+            hidden=model.head_hidden,
+            bottleneck=model.bottleneck,
+            prototypes=model.prototypes,
+            token_prototypes=model.prototypes,
+            separate_last=True,
+            dtype=dtype,
+        ),
+        casa=alice.CASA(
+            width=casa_width,
+            inner=model.casa_inner,
+            heads=model.casa_heads,
+            head_dim=casa_width // model.casa_heads,
+            dropout=0.1 if release else 0.0,
+            query_residual=release,
+            dtype=dtype,
+        ),
+        weights=alice.Weights(**config.loss),
+        mask_ratio=config.views.mask_ratio,
+    )
+
+
+def alice_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
+    """Every scalar of the recipe as a function of the step."""
+    method, optimizer, total = config.method, config.optimizer, config.steps
+    peak, start = optimizer.lr, 0.0
+    if method.mode == "release":
+        peak *= config.batch_size / 256
+    warmup = schedules.duration(optimizer.warmup, "optimizer.warmup", steps_per_epoch, total)
+    temperature_warmup = schedules.duration(
+        method.temperature_warmup, "method.temperature_warmup", steps_per_epoch, total
+    )
+    decay_from, decay_to = optimizer.weight_decay
+    momentum_from, momentum_to = method.teacher_momentum
+
+    def temperature(step):
+        index, length = step, temperature_warmup
+        if method.mode == "release":  # one value an epoch
+            index, length = step // steps_per_epoch, temperature_warmup // steps_per_epoch
+        return schedules.ramp(index, *method.teacher_temperature, length)
+
+    return {
+        "learning_rate": lambda step: schedules.warmup_cosine(step, peak, optimizer.min_lr, total, warmup, start),
+        "weight_decay": lambda step: schedules.warmup_cosine(step, decay_from, decay_to, total),
+        "momentum": lambda step: schedules.warmup_cosine(step, momentum_from, momentum_to, total),
+        "temperature_cls": temperature,
+        "temperature_tokens": temperature,
+    }
+
+
+def check_alice(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Crop shape and mask grid, one cell for each last-stage token; refuses what the networks cannot take."""
+    crop = tuple(config.views.crop_shape_zyx)
+    stride = 2 ** len(config.model.depths)
+    if len(crop) != 3 or any(size <= 0 or size % stride for size in crop):
+        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
+    if config.views.kind not in ("mined", "random"):
+        raise UserError(f"views.kind {config.views.kind!r}: choose mined or random")
+    ratio = config.views.mask_ratio
+    if isinstance(ratio, bool) or not 0 < ratio < 1:
+        raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
+    if not any(config.loss.values()) or any(weight < 0 for weight in config.loss.values()):
+        raise UserError(f"loss {dict(config.loss)}: the weights must be 0 or more, one of them above 0")
+    grid = tuple(size // stride for size in crop)
+    if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
+        raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")
+    return crop, grid
+
+
+def alice_task(config: ConfigDict, store: Store) -> Task:
+    """Pretraining on pairs mined from a store."""
+    crop, grid = check_alice(config)
+    networks = alice_networks(config)
+    scans, validation_scans = split(store.ids(), config.data.validation_fraction, at_least=2)
+    if len(scans) < 2:
+        raise UserError(f"data.store {store.path}: holds {len(scans)} scans and a pair needs two; prepare more")
+    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
+    held_steps = schedules.duration(
+        config.method.freeze_last_layer, "method.freeze_last_layer", steps_per_epoch, config.steps
+    )
+
+    embeddings = EmbeddingReader(store) if config.views.kind == "mined" else None
+
+    def sampler(ids: tuple[str, ...]) -> PairSampler:
+        return PairSampler(
+            store=store,
+            embeddings=embeddings,
+            scan_ids=ids,
+            crop_shape_zyx=crop,
+            mask_grid=grid,
+            mask_ratio=config.views.mask_ratio,
+            column_masks=networks.mode.share_mask,
+            threshold=config.views.threshold,
+            tries_per_partner=config.views.tries_per_partner,
+            tries=config.views.tries,
+        )
+
+    by_step = alice_schedules(config, steps_per_epoch)
+    return Task(
+        objective=alice.make(networks, **by_step, clip=config.optimizer.clip, held_steps=held_steps),
+        sampler=sampler(scans),
+        scans=scans,
+        validation_sampler=sampler(validation_scans) if validation_scans else None,
+        validation_scans=validation_scans,
+    )
+
+
+TASKS = {"alice": alice_task}

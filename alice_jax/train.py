@@ -1,0 +1,285 @@
+"""The training loop, for every objective.
+
+    python -m alice_jax.train --config=configs/pretrain.py [--config.data.store=DIR] [--workdir=DIR]
+
+Any field of the configuration is set by --config.FIELD=VALUE. Running the same command again resumes. SIGTERM or
+Ctrl-C finishes the step, saves and exits with 128 + the signal's number; a second one exits at once.
+
+The order of a step, on which exact resuming rests:
+  1. global batch k, a pure function of (seed, k), is consumed by the update from step k to k + 1;
+  2. while an update runs, the next batch is fetched; then the update's numbers are examined;
+  3. only a state whose numbers were finite is validated or saved, and only between updates.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from alice_jax import builtin, checkpoint, cli, sharding, tasks, train_state
+from alice_jax.coverage import Coverage
+from alice_jax.data import pipeline
+from alice_jax.data.store import Store
+from alice_jax.errors import UserError
+from alice_jax.metrics import Metrics
+
+# Fields that may change between two runs of one workdir; with any other the numbers would belong to another run.
+MAY_CHANGE = (
+    "steps",
+    "microbatch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "validate_every",
+    "data.workers",
+    "data.threads",
+)
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Trains to `config.steps`; returns 0, or 128 + the number of the signal that stopped it."""
+    check(config)
+    claim(workdir, config)
+
+    # ---- Data, objective, devices
+    store = Store.open(config.data.store or builtin.cohort(run))
+    task = tasks.make(config, store)
+    mesh = sharding.make_mesh()
+    micro_batches = sharding.micro_batches(config.batch_size, config.microbatch, mesh)
+    say(
+        f"{len(task.scans)} scans to train on, {len(task.validation_scans)} held out; {config.batch_size} samples "
+        f"a step, in {micro_batches} part(s) on {mesh.size} {jax.default_backend()} device(s)"
+    )
+
+    # ---- State, made on its devices or restored
+    key = jax.random.key(config.seed)
+    everywhere, by_sample = sharding.replicated(mesh), sharding.by_sample(mesh)
+    create = jax.jit(lambda batch: train_state.create(task.objective, key, batch), out_shardings=everywhere)
+    example = example_batch(task)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    start = checkpoints.latest_step
+    if start is None:
+        start, state = 0, create(example)
+    else:
+        shapes = jax.eval_shape(create, example)
+        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
+        state = checkpoints.restore(start, like)
+        say(f"resuming at step {start} of {config.steps}")
+
+    # ---- The two compiled functions; the old state's memory is given to the new one
+    train_step = jax.jit(
+        train_state.make_train_step(task.objective, key, micro_batches),
+        in_shardings=(everywhere, by_sample),
+        out_shardings=everywhere,
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(train_state.make_eval_step(task.objective, key), in_shardings=(everywhere, by_sample))
+
+    # ---- Batches
+    validation = validation_batches(config, task, mesh, config.batch_size // micro_batches)
+    samples = pipeline.Samples(
+        sampler=task.sampler,
+        records=len(task.scans),
+        seed=config.seed,
+        global_batch=config.batch_size,
+        steps=config.steps + 1,  # one more, since the next batch is fetched while the last update runs
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    stream = pipeline.batches(samples, start_step=start, workers=config.data.workers, threads=config.data.threads)
+    coverage = Coverage(workdir, task.scans, start)
+
+    def next_batch() -> tuple[dict[str, jax.Array], dict[str, np.ndarray], float]:
+        began = time.perf_counter()
+        rows = next(stream)
+        noted = rows.pop("meta")
+        return sharding.global_batch(mesh, rows), noted, time.perf_counter() - began
+
+    # ---- The loop
+    metrics = Metrics(
+        workdir,
+        first_step=start,
+        total_steps=config.steps,
+        log_every=config.log_every,
+        enabled=jax.process_index() == 0,
+    )
+    with checkpoints, metrics, StopSignal() as stop:
+        batch, meta, _ = next_batch() if start < config.steps else (None, None, 0)
+        for done in range(start + 1, config.steps + 1):
+            began = time.perf_counter()
+            with jax.transfer_guard("disallow"):
+                state, on_device = train_step(state, batch)
+            used = meta
+            batch, meta, data_wait = next_batch()
+            scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
+            step_time = time.perf_counter() - began
+            refuse_non_finite(done, scalars, used, task)
+
+            scalars |= coverage.count(used["scans"]) | summarised(used)
+            scalars |= {
+                "step_time_s": step_time,
+                "data_wait_s": data_wait,
+                "volumes_per_s": config.batch_size * task.volumes_per_sample / step_time,
+            }
+            metrics.step(done, scalars)
+            last = done == config.steps
+            if validation and (last or done % config.validate_every == 0):
+                metrics.write(done, validated(eval_step, state, validation))
+            if last or stop.signal or done % config.checkpoint_every == 0:
+                checkpoints.save(done, state)
+                coverage.save(done)
+            if stop.signal and not last:
+                metrics.say(f"stopped by signal {stop.signal} after step {done}; the same command goes on from there")
+                return 128 + stop.signal
+    say(f"finished {config.steps} steps; weights, logs and configuration are in {os.path.abspath(workdir)}")
+    return 0
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what no objective could run with."""
+    for field in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every"):
+        if config[field] < 1:
+            raise UserError(f"{field} {config[field]}: give a whole number of 1 or more")
+    for field, value in (("seed", config.seed), ("microbatch", config.microbatch), ("data.workers", config.data.workers)):
+        if value < 0:
+            raise UserError(f"{field} {value}: give a whole number of 0 or more")
+    if config.data.threads < 1:
+        raise UserError(f"data.threads {config.data.threads}: give a whole number of 1 or more")
+
+
+def claim(workdir: str, config: ConfigDict) -> None:
+    """Writes the configuration into a new workdir; refuses one that holds another run."""
+    mine, theirs = flat(config.to_dict()), flat(checkpoint.read_config(workdir) or {})
+    differing = [name for name in mine if theirs and mine[name] != theirs.get(name) and name not in MAY_CHANGE]
+    if differing:
+        changes = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in differing[:3])
+        raise UserError(f"--workdir {workdir}: holds a run with other settings ({changes}); name another folder")
+    checkpoint.write_config(workdir, config.to_dict())
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": (1,)}} as {"a.b": [1]}, with JSON's types."""
+    items: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            items |= flat(value, f"{prefix}{name}.")
+        else:
+            items[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def example_batch(task: tasks.Task) -> dict[str, np.ndarray]:
+    """One sample as a batch, for its shapes; drawing it also shows early whether the store can be read."""
+    sample = task.sampler(0, np.random.default_rng(0), np.random.default_rng(0))
+    return {name: value[None] for name, value in sample.items() if name != "meta"}
+
+
+def validation_batches(
+    config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once: int
+) -> list[dict[str, jax.Array]]:
+    """The same samples of held-out scans at every validation, in batches of what the devices compute at once."""
+    if not task.validation_scans:
+        say("too few scans to hold any out: no validation")
+        return []
+    samples = pipeline.Samples(
+        sampler=task.validation_sampler,
+        records=len(task.validation_scans),
+        seed=config.seed,
+        global_batch=at_once,
+        steps=math.ceil(config.data.validation_samples / at_once),
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    batches = []
+    for rows in pipeline.batches(samples, threads=config.data.threads):
+        rows.pop("meta")
+        batches.append(sharding.global_batch(mesh, rows))
+    return batches
+
+
+def validated(eval_step: Any, state: train_state.TrainState, batches: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Mean metrics over the held-out scans."""
+    results = [jax.device_get(eval_step(state, batch)) for batch in batches]
+    return {f"validation/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
+
+
+def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means of what the sampler noted of this batch's samples."""
+    return {f"views/{name}": float(np.mean(values)) for name, values in meta.items() if values.ndim == 1}
+
+
+def refuse_non_finite(step: int, scalars: dict[str, float], meta: dict[str, np.ndarray], task: tasks.Task) -> None:
+    """Stops before a broken number is saved."""
+    broken = [name for name in ("loss", "gradient_norm") if not math.isfinite(scalars[name])]
+    if broken:
+        cases = sorted({task.scans[i] for i in np.ravel(meta["scans"])})
+        raise UserError(
+            f"step {step}: {' and '.join(broken)} not finite, with the scans {', '.join(cases)}; nothing of this step "
+            "was saved; lower optimizer.lr or look at these scans, then run the same command to go on from the last "
+            "checkpoint"
+        )
+
+
+class StopSignal:
+    """Notes the first SIGTERM or SIGINT in `signal`; a second one acts as if nobody listened."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.signal = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        say("stopping after this step; once more to stop at once")
+
+
+def say(text: str) -> None:
+    """One line for the user, from one process only."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, such as configs/pretrain.py:tiny")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; runs/NAME-OF-THE-CONFIG by default")
+
+
+def main() -> int:
+    """Reads the command line."""
+    if {"-h", "--help", "--helpfull"} & set(sys.argv[1:]):
+        print(__doc__)
+        print("Flags:\n  --config   configuration file, such as configs/pretrain.py:tiny; its fields are in the file")
+        print("  --workdir  folder of this run; runs/NAME-OF-THE-CONFIG by default")
+        return 0
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{error}; see --help") from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: not a flag; see --help")
+    if _CONFIG.value is None:
+        raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
+    return run(_CONFIG.value, workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main)
