@@ -1,0 +1,304 @@
+"""nnFormer (Zhou et al., arXiv 2109.03201) as Alice's authors changed it: a windowed transformer U-net for volumes.
+
+    volume (b, d, h, w, 1)
+      -> patch embedding -> encoder stage 0 .. 3, each followed by its own norm = the skips
+      skip 3 -> decoder stage 2 (with skip 2) -> decoder tokens -> stages 1, 0 -> expand -> reconstruction
+
+Stage i works on the grid `crop / patch / 2**i` with `width * 2**i` channels; decoder stages carry the number of the
+encoder stage whose grid they share and run from coarse to fine. Arrays are channels-last.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alice_jax.errors import UserError
+from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Mlp, gelu
+from alice_jax.models.windows import WindowAttention, over_windows
+
+Triple = tuple[int, int, int]
+
+
+class PatchEmbed(nn.Module):
+    """Four 3x3x3 convolutions that turn voxels into tokens: (b, d, h, w, c) -> (b, d/p, h/p, w/p, width).
+
+    Two stages of two; the strides sit on the first convolution of each stage. GELU and LayerNorm follow every
+    convolution, but the last has no GELU.
+    """
+
+    width: int
+    strides: tuple[Triple, Triple]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers = (
+            ("1_1", self.width // 2, self.strides[0]),
+            ("1_2", self.width // 2, (1, 1, 1)),
+            ("2_1", self.width, self.strides[1]),
+        )
+        for name, features, strides in layers:
+            x = gelu(Conv3(features, strides, self.dtype, name=f"conv{name}")(x))
+            x = LayerNorm(dtype=self.dtype, name=f"norm{name}")(x)
+        x = Conv3(self.width, dtype=self.dtype, name="conv2_2")(x)
+        return LayerNorm(dtype=self.dtype, name="norm2_2")(x)
+
+
+class Block(nn.Module):
+    """Self-attention in windows, then an MLP, each with a LayerNorm before and a residual: (b, d, h, w, c)."""
+
+    heads: int
+    window: int
+    shifted: bool
+    mlp_ratio: int
+    drop_path: float
+    position_index: str
+    start: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        attend = WindowAttention(self.heads, self.position_index, self.start, self.dtype, name="attention")
+        y = over_windows(attend, y, window=self.window, shifted=self.shifted)
+        return _finish(self, x, y, train)
+
+
+class SkipBlock(nn.Module):
+    """A decoder stage's first block: the upsampled features look at the skip in unshifted windows.
+
+    x, skip (b, d, h, w, c) -> (b, d, h, w, c). One norm serves both; the sum of both is the residual.
+    """
+
+    heads: int
+    window: int
+    mlp_ratio: int
+    drop_path: float
+    position_index: str
+    start: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: jax.Array, train: bool) -> jax.Array:
+        norm = LayerNorm(dtype=self.dtype, name="norm1")
+        attend = WindowAttention(self.heads, self.position_index, self.start, self.dtype, name="attention")
+        y = over_windows(attend, norm(x), norm(skip), window=self.window, shifted=False)
+        return _finish(self, x + skip, y, train)
+
+
+def _finish(block: Block | SkipBlock, x: jax.Array, attended: jax.Array, train: bool) -> jax.Array:
+    """The residual around the attention and the whole MLP half; called inside the block's compact method."""
+    drop = DropPath(block.drop_path, name="drop_path")
+    x = x + drop(attended, train)
+    y = LayerNorm(dtype=block.dtype, name="norm2")(x)
+    y = Mlp(block.mlp_ratio * x.shape[-1], block.start, block.dtype, name="mlp")(y)
+    return x + drop(y, train)
+
+
+class Downsample(nn.Module):
+    """GELU, LayerNorm, 3x3x3 convolution with stride 2: (b, d, h, w, c) -> (b, d/2, h/2, w/2, 2c)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = LayerNorm(dtype=self.dtype, name="norm")(gelu(x))
+        return Conv3(2 * x.shape[-1], (2, 2, 2), self.dtype, name="conv")(y)
+
+
+class Upsample(nn.Module):
+    """LayerNorm, transposed 2x2x2 convolution: (b, d, h, w, c) -> (b, 2d, 2h, 2w, c/2)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = LayerNorm(dtype=self.dtype, name="norm")(x)
+        return Expand(x.shape[-1] // 2, (2, 2, 2), self.dtype, name="expand")(y)
+
+
+class EncoderStage(nn.Module):
+    """Blocks on one grid, every second one shifted: (b, d, h, w, c) -> (b, d, h, w, c)."""
+
+    heads: int
+    window: int
+    mlp_ratio: int
+    drop_paths: tuple[float, ...]
+    position_index: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        settings = (self.position_index, "normal", self.dtype)
+        for j, rate in enumerate(self.drop_paths):
+            shifted = j % 2 == 1
+            block = Block(self.heads, self.window, shifted, self.mlp_ratio, rate, *settings, name=f"block{j}")
+            x = block(x, train)
+        return x
+
+
+class DecoderStage(nn.Module):
+    """Upsamples, looks at the skip, then attends within itself, shifted: (b, d, h, w, 2c), skip -> (b, 2d, .., c)."""
+
+    heads: int
+    window: int
+    mlp_ratio: int
+    drop_paths: tuple[float, ...]
+    position_index: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: jax.Array, train: bool) -> jax.Array:
+        settings = (self.position_index, "uniform", self.dtype)
+        x = Upsample(self.dtype, name="upsample")(x)
+        for j, rate in enumerate(self.drop_paths):
+            if j == 0:
+                block = SkipBlock(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
+                x = block(x, skip, train)
+            else:
+                block = Block(self.heads, self.window, True, self.mlp_ratio, rate, *settings, name=f"block{j}")
+                x = block(x, train)
+        return x
+
+
+@flax.struct.dataclass
+class Features:
+    """What the backbone gives for a crop; c = 8 * width for four stages."""
+
+    cls: jax.Array  # (b, c) float32: mean over the encoder tokens
+    encoder_tokens: jax.Array  # (b, d, h, w, c)
+    decoder_tokens: jax.Array  # (b, 2d, 2h, 2w, c/2)
+    reconstruction: jax.Array  # (b, crop depth, crop height, crop width, channels)
+
+
+class NNFormer(nn.Module):
+    """The backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
+
+    `encode`, `decode_tokens` and `decode_voxels` are its three parts, so that a caller pays only for what it uses;
+    calling it runs all three.
+
+    With `mask_tokens` (paper mode) the tokens of hidden cells become one learned token after the patch embedding.
+    [A]'s figure 2 shows visible tokens only to the encoder, but windows need the whole grid: a departure. Without
+    them (release mode) hiding means zeroed voxels only.
+
+    The position bias tables have (2w-1)**3 rows for the window that the crop's grid really allows, so weights belong
+    to a crop size.
+    """
+
+    width: int = 48
+    patch_zyx: Triple = (2, 2, 2)
+    stem_strides: tuple[Triple, Triple] = ((2, 2, 2), (1, 1, 1))
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    heads: tuple[int, ...] = (6, 12, 24, 48)
+    windows: tuple[int, ...] = (4, 4, 8, 4)
+    mlp_ratio: int = 4
+    drop_path: float = 0.2
+    position_index: str = "correct"
+    mask_tokens: bool = True
+    out_channels: int = 1
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        stem_patch = tuple(int(a * b) for a, b in zip(*self.stem_strides, strict=True))
+        if stem_patch != tuple(self.patch_zyx):
+            raise UserError(f"stem_strides {self.stem_strides}: their product must be patch_zyx {self.patch_zyx}")
+        if not len(self.depths) == len(self.heads) == len(self.windows):
+            raise UserError(f"depths {self.depths}, heads {self.heads}, windows {self.windows}: give one per stage")
+        encoder_rates = spread(self.drop_path, self.depths)
+        decoder_rates = spread(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
+        self.patch_embed = PatchEmbed(self.width, self.stem_strides, self.dtype)
+        if self.mask_tokens:
+            self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
+        shared = (self.mlp_ratio,)
+        plain = (self.position_index, self.dtype)
+        stages = range(len(self.depths))
+        self.encoder = [EncoderStage(self.heads[i], self.windows[i], *shared, encoder_rates[i], *plain) for i in stages]
+        self.skip_norm = [LayerNorm(dtype=self.dtype) for _ in stages]
+        self.downsample = [Downsample(self.dtype) for _ in stages[:-1]]
+        self.decoder = [
+            DecoderStage(self.heads[i], self.windows[i], *shared, decoder_rates[i], *plain) for i in stages[:-1]
+        ]
+        self.expand = Expand(self.out_channels, self.patch_zyx, self.dtype)
+
+    def encode(
+        self,
+        volume: jax.Array,
+        hidden: jax.Array | None = None,
+        position_embedding: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """volume (b, d, h, w, c) -> one normalised skip per stage, finest first; the last holds the encoder tokens.
+
+        hidden (b, gd, gh, gw), True = hidden, lies on any grid that divides the token grid.
+        position_embedding (1, token grid, width) is added to the tokens (release mode's fixed random table).
+        """
+        factors = [p * 2 ** (len(self.depths) - 1) for p in self.patch_zyx]
+        if any(n % f for n, f in zip(volume.shape[1:4], factors, strict=True)):
+            raise UserError(f"crop shape {volume.shape[1:4]}: each side must be a multiple of {tuple(factors)}")
+        if hidden is not None:
+            hidden = hidden.astype(bool)
+            # `where`, not a product: NaN times zero is NaN
+            volume = jnp.where(spread_cells(hidden, volume.shape[1:4])[..., None], 0.0, volume)
+        x = self.patch_embed(volume)
+        if hidden is not None and self.mask_tokens:
+            x = jnp.where(spread_cells(hidden, x.shape[1:4])[..., None], self.mask_token.astype(x.dtype), x)
+        if position_embedding is not None:
+            x = x + position_embedding.astype(x.dtype)
+        skips = []
+        for i, stage in enumerate(self.encoder):
+            x = stage(x if i == 0 else self.downsample[i - 1](x), train)
+            skips.append(self.skip_norm[i](x))
+        return tuple(skips)
+
+    def decode_tokens(self, skips: tuple[jax.Array, ...], train: bool = False) -> jax.Array:
+        """The first decoder stage: skips -> decoder tokens (b, 2d, 2h, 2w, c/2), d, h, w the last encoder grid."""
+        return self.decoder[-1](skips[-1], skips[-2], train)
+
+    def decode_voxels(self, skips: tuple[jax.Array, ...], decoder_tokens: jax.Array, train: bool = False) -> jax.Array:
+        """The other decoder stages: decoder tokens -> voxels (b, d, h, w, out_channels) float32."""
+        x = decoder_tokens
+        for i in reversed(range(len(self.decoder) - 1)):
+            x = self.decoder[i](x, skips[i], train)
+        return self.expand(x).astype(jnp.float32)
+
+    def __call__(
+        self,
+        volume: jax.Array,
+        hidden: jax.Array | None = None,
+        position_embedding: jax.Array | None = None,
+        train: bool = False,
+    ) -> Features:
+        """All three parts at once; arguments as in `encode`."""
+        skips = self.encode(volume, hidden, position_embedding, train)
+        decoder_tokens = self.decode_tokens(skips, train)
+        voxels = self.decode_voxels(skips, decoder_tokens, train)
+        return Features(mean_token(skips[-1]), skips[-1], decoder_tokens, voxels)
+
+
+def mean_token(tokens: jax.Array) -> jax.Array:
+    """The `cls` feature: (b, d, h, w, c) -> (b, c) float32."""
+    return jnp.mean(tokens.astype(jnp.float32), axis=(1, 2, 3))
+
+
+def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
+    """Drop rates that grow linearly from 0 to `rate` over all blocks, stage by stage.
+
+    >>> spread(0.3, (2, 2))
+    [(0.0, 0.1), (0.2, 0.3)]
+    """
+    rates = [round(float(r), 9) for r in np.linspace(0.0, rate, sum(depths))]
+    ends = np.cumsum(depths).tolist()
+    return [tuple(rates[end - depth : end]) for end, depth in zip(ends, depths, strict=True)]
+
+
+def spread_cells(cells: jax.Array, grid: Triple) -> jax.Array:
+    """Repeats each cell over its part of a finer grid: (b, gd, gh, gw) -> (b, d, h, w)."""
+    if any(n % g for n, g in zip(grid, cells.shape[1:], strict=True)):
+        raise UserError(f"hidden cells {cells.shape[1:]}: each side must divide the grid {grid}")
+    for axis, size in enumerate(grid, start=1):
+        cells = jnp.repeat(cells, size // cells.shape[axis], axis=axis)
+    return cells

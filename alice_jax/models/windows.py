@@ -1,0 +1,187 @@
+"""Attention inside cubic windows of a 3-D token grid, with relative position bias (Swin, nnFormer).
+
+Grids are (depth, height, width); a grid's windows and a window's tokens are both listed in C order. Shapes use
+b batch, n windows of one sample, t = window**3 tokens of one window, c channels, k heads.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alice_jax.models.layers import Linear
+
+Grid = tuple[int, int, int]
+
+SEPARATE = -100.0  # added to the attention logit of two tokens that only the cyclic shift brought together
+
+
+def effective_window(grid: Grid, window: int, shifted: bool) -> tuple[int, int]:
+    """The window and shift that a block really uses on a grid.
+
+    Where the smallest side is at most the window, the window becomes that side and the shift is dropped.
+
+    >>> effective_window((8, 12, 8), 4, shifted=True), effective_window((4, 6, 4), 8, shifted=True)
+    ((4, 2), (4, 0))
+    """
+    if min(grid) <= window:
+        return min(grid), 0
+    return window, window // 2 if shifted else 0
+
+
+def padded_grid(grid: Grid, window: int) -> Grid:
+    """The grid grown at the end of each axis to whole windows."""
+    d, h, w = (math.ceil(n / window) * window for n in grid)
+    return d, h, w
+
+
+def partition(x: jax.Array, window: int) -> jax.Array:
+    """(b, d, h, w, c) -> (b, n, t, c)."""
+    b, d, h, w, c = x.shape
+    x = x.reshape(b, d // window, window, h // window, window, w // window, window, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, window**3, c)
+
+
+def merge(windows: jax.Array, grid: Grid, window: int) -> jax.Array:
+    """(b, n, t, c) -> (b, d, h, w, c): undoes `partition`."""
+    b, c = windows.shape[0], windows.shape[-1]
+    d, h, w = (n // window for n in grid)
+    x = windows.reshape(b, d, h, w, window, window, window, c)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *grid, c)
+
+
+def region_ids(grid: Grid, window: int, shift: int) -> np.ndarray:
+    """The region that each token of each window lay in before the cyclic shift: (n, t) int8.
+
+    `grid` is already padded. Tokens of one window may attend to each other only inside one region.
+    """
+    ids = np.zeros(grid, np.int8)
+    for axis, size in enumerate(grid):
+        place = np.arange(size)
+        part = (place >= size - window).astype(np.int8) + (place >= size - shift)
+        ids = 3 * ids + part.reshape([-1 if a == axis else 1 for a in range(3)])
+    d, h, w = (n // window for n in grid)
+    ids = ids.reshape(d, window, h, window, w, window)
+    return ids.transpose(0, 2, 4, 1, 3, 5).reshape(-1, window**3)
+
+
+def region_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
+    """True where two tokens of a window must not see each other: (n, t, t) bool."""
+    ids = region_ids(grid, window, shift)
+    return ids[:, :, None] != ids[:, None, :]
+
+
+def offset_rows(window: int, kind: str) -> np.ndarray:
+    """The bias table's row for each offset of query and key along three axes: (2w-1, 2w-1, 2w-1) int64.
+
+    "correct" gives each offset its own row. "release" multiplies by 3w-1, 2w-1 and 1 as the authors' code does, so
+    that different offsets share a row; weights trained with it need it.
+    """
+    side = 2 * window - 1
+    strides = {"correct": (side * side, side, 1), "release": (3 * window - 1, side, 1)}
+    if kind not in strides:
+        raise ValueError(f"position index {kind!r}: choose 'correct' or 'release'")
+    return sum(s * g for s, g in zip(strides[kind], np.indices((side,) * 3), strict=True)).astype(np.int64)
+
+
+def relative_position_index(window: int, kind: str) -> np.ndarray:
+    """The bias table's row for each pair (query, key) of a window's tokens: (t, t) int64."""
+    place = np.indices((window,) * 3).reshape(3, -1)
+    offset = place[:, :, None] - place[:, None, :] + window - 1
+    return offset_rows(window, kind)[tuple(offset)]
+
+
+def position_bias(table: jax.Array, window: int, kind: str) -> jax.Array:
+    """Spreads the table over the token pairs: ((2w-1)**3, k) -> (k, t, t), `table[relative_position_index].T`.
+
+    Axis by axis instead of one take of t*t rows: the gradient is then three small scatters of whole slabs.
+    """
+    side, heads = 2 * window - 1, table.shape[-1]
+    if kind != "correct":
+        table = jnp.take(table, offset_rows(window, kind).reshape(-1), axis=0, mode="clip")
+    place = np.arange(window)
+    offset = (place[:, None] - place[None, :] + window - 1).reshape(-1)
+    bias = table.reshape(side, side, side, heads)
+    for axis in (2, 1, 0):
+        bias = jnp.take(bias, offset, axis=axis, mode="clip")
+    bias = bias.reshape((window,) * 6 + (heads,))  # query and key place, axis by axis
+    return bias.transpose(6, 0, 2, 4, 1, 3, 5).reshape(heads, window**3, window**3)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention among the tokens of each window.
+
+    With `context`, keys and values come from it and the queries are `x` itself, not projected: nnFormer's skip
+    attention. Logits and softmax are float32.
+    """
+
+    heads: int
+    position_index: str = "correct"
+    start: str = "normal"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, separate: jax.Array | np.ndarray | None = None
+    ) -> jax.Array:
+        """x, context (b, n, t, c); separate (n, t, t) bool, True where a key is hidden from a query -> (b, n, t, c)."""
+        b, n, t, c = x.shape
+        window = round(t ** (1 / 3))
+        table_init = nn.initializers.normal(0.02)
+        table = self.param("position_bias", table_init, ((2 * window - 1) ** 3, self.heads), jnp.float32)
+
+        size = c // self.heads
+
+        def split(x: jax.Array, parts: int) -> jax.Array:
+            """(b, n, t, parts * c) -> (parts, b, n, k, t, size)."""
+            return x.reshape(b, n, t, parts, self.heads, size).transpose(3, 0, 1, 4, 2, 5)
+
+        if context is None:
+            query, key, value = split(Linear(3 * c, start=self.start, dtype=self.dtype, name="qkv")(x), 3)
+        else:
+            query = split(x.astype(self.dtype), 1)[0]
+            key, value = split(Linear(2 * c, start=self.start, dtype=self.dtype, name="kv")(context), 2)
+        logits = jnp.einsum("...qe,...pe->...qp", query * size**-0.5, key, preferred_element_type=jnp.float32)
+        logits = logits + position_bias(table, window, self.position_index)
+        if separate is not None:
+            logits = logits + jnp.where(separate, SEPARATE, 0.0)[:, None]
+        # softmax, with the division after the product with the values: a window has many more pairs than channels
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+        y = jnp.einsum("...qp,...pe->...qe", weights.astype(self.dtype), value, preferred_element_type=jnp.float32)
+        y = y / weights.sum(axis=-1, keepdims=True)
+        y = y.transpose(0, 1, 3, 2, 4).reshape(b, n, t, c)
+        return Linear(c, start=self.start, dtype=self.dtype, name="out")(y)
+
+
+def over_windows(
+    attend: Callable[..., jax.Array], x: jax.Array, context: jax.Array | None = None, *, window: int, shifted: bool
+) -> jax.Array:
+    """Runs window attention on a grid: pads to whole windows, shifts cyclically, attends, and puts all back.
+
+    x, context (b, d, h, w, c) -> (b, d, h, w, c). Padded tokens take part as keys and values, as in the reference,
+    and are cut off afterwards.
+    """
+    grid: Grid = x.shape[1:4]
+    window, shift = effective_window(grid, window, shifted)
+    padded = padded_grid(grid, window)
+
+    def to_windows(x: jax.Array) -> jax.Array:
+        if padded != grid:
+            x = jnp.pad(x, ((0, 0), *((0, p - g) for p, g in zip(padded, grid, strict=True)), (0, 0)))
+        if shift:
+            x = jnp.roll(x, (-shift,) * 3, axis=(1, 2, 3))
+        return partition(x, window)
+
+    separate = None
+    if shift:
+        ids = jnp.asarray(region_ids(padded, window, shift))
+        separate = ids[:, :, None] != ids[:, None, :]
+    y = attend(to_windows(x), None if context is None else to_windows(context), separate)
+    y = merge(y, padded, window)
+    if shift:
+        y = jnp.roll(y, (shift,) * 3, axis=(1, 2, 3))
+    return y[:, : grid[0], : grid[1], : grid[2]]
