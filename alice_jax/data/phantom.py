@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 from scipy import ndimage
 
-from alice_jax.data import phantom_shape, splines
+from alice_jax.data import foreground, phantom_shape, splines
 from alice_jax.data import phantom_tissues as tissues
 from alice_jax.data.phantom_anatomy import atlas
 from alice_jax.data.phantom_canvas import LOW_ZYX_MM
@@ -348,7 +348,8 @@ def write_cohort(store_path: str, seeds: Iterable[int]) -> Store:
     for seed in tqdm.tqdm(todo, desc="Phantom patients", unit="patient", disable=not todo):
         patient = Patient(seed)
         volume, labels = patient.volume(), patient.labels()
-        store.write_scan(_describe(patient, volume, labels), volume, _foreground(labels))
+        mask = foreground.body_mask(volume)
+        store.write_scan(_describe(patient, volume, mask), volume, mask)
         store.write_array(scan_id(seed), "labels", labels)
     return store
 
@@ -357,19 +358,10 @@ def scan_id(seed: int) -> str:
     return f"phantom_{seed:04d}"
 
 
-def _foreground(labels: np.ndarray) -> np.ndarray:
-    """Body mask at a stride of two voxels: a cell is body where any of its voxels is."""
-    padded: np.ndarray = np.pad(labels > 0, [(0, n % 2) for n in labels.shape])
-    z, y, x = (n // 2 for n in padded.shape)
-    return np.any(padded.reshape(z, 2, y, 2, x, 2), axis=(1, 3, 5))
-
-
-def _describe(patient: Patient, volume: np.ndarray, labels: np.ndarray) -> Scan:
+def _describe(patient: Patient, volume: np.ndarray, mask: np.ndarray) -> Scan:
     x0, y0, z0 = (float(v) for v in patient.origin_zyx_mm[::-1])
     affine_ras = np.diag([-SPACING_MM, -SPACING_MM, SPACING_MM, 1.0])
     affine_ras[:3, 3] = -x0, -y0, z0
-    cells = np.argwhere(_foreground(labels))
-    low, high = 2 * cells.min(axis=0), np.minimum(2 * cells.max(axis=0) + 2, volume.shape)
     return Scan(
         id=scan_id(patient.seed),
         file="",
@@ -379,7 +371,7 @@ def _describe(patient: Patient, volume: np.ndarray, labels: np.ndarray) -> Scan:
         spacing_zyx_mm=(SPACING_MM,) * 3,
         origin_xyz_lps_mm=(x0, y0, z0),
         direction=((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)),
-        foreground_box_zyx_vox=(tuple(low.tolist()), tuple(high.tolist())),
+        foreground_box_zyx_vox=foreground.foreground_box(mask, volume.shape),
         original={
             "affine_ras": affine_ras.tolist(),
             "shape_ijk": list(volume.shape[::-1]),
