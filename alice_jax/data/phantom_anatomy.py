@@ -44,16 +44,17 @@ def atlas() -> np.ndarray:
     Painting takes some seconds, once per process.
     """
     c = Canvas()
-    _trunk(c)
+    cavity = c.outline(_CAVITY_Z, _CAVITY)
+    _trunk(c, cavity)
     _bones(c)
-    _chest(c)
-    _abdomen(c)
+    _chest(c, cavity)
+    _abdomen(c, cavity)
     _pelvis(c)
     c.tissue.setflags(write=False)
     return c.tissue
 
 
-def _trunk(c: Canvas) -> None:
+def _trunk(c: Canvas, cavity: np.ndarray) -> None:
     """Skin, fat, muscles, the cavity; arms, which a patient may leave out."""
     everything = (slice(None),) * 3
     c.tube(
@@ -69,7 +70,6 @@ def _trunk(c: Canvas) -> None:
     c.fill(everything, skin < 0, "skin")
     c.fill(everything, skin < -2.4, "fat")
     c.fill(everything, skin < -fat, "muscle")
-    cavity = c.outline(_CAVITY_Z, _CAVITY)
     # Streaks of fat between the layers of muscle.
     c.fill(everything, (np.abs(cavity - 8 + 0.02 * c.zyx[0]) < 1.2) & (skin < -fat), "muscle_fat")
     c.fill(everything, cavity < 3, "muscle")
@@ -176,14 +176,14 @@ def _diaphragm_z_mm(y, x):
     return np.maximum(right, left)
 
 
-def _chest(c: Canvas) -> None:
+def _chest(c: Canvas, cavity: np.ndarray) -> None:
     whole = ((270, -100, -140), (522, 105, 140))
     window = c.window(*whole)
-    cavity = c.outline(_CAVITY_Z, _CAVITY)[window]
+    within = cavity[window]
     z, y, x = c.zyx[(slice(None), *window)]
     middle = np.interp(z[:, 0, 0], [330, 400, 450, 500, 525], [30, 25, 25, 27, 30]).astype(np.float32)[:, None, None]
     middle = middle * np.clip((y + 72) / 45, 0.2, 1)
-    lungs = (cavity < -1) & (z > _diaphragm_z_mm(y, x)) & (z < 516)
+    lungs = (within < -1) & (z > _diaphragm_z_mm(y, x)) & (z < 516)
     for name, inside in (("lung_right", lungs & (x < -middle)), ("lung_left", lungs & (x > middle))):
         c.fill(window, inside, name, only=("visceral_fat",))
     # Heart: apex to the left, front and below.
@@ -258,7 +258,7 @@ def _branch(c: Canvas, rng, start, direction, radius: float, length: float, dept
             )
 
 
-def _abdomen(c: Canvas) -> None:
+def _abdomen(c: Canvas, cavity: np.ndarray) -> None:
     inside = ("visceral_fat", "bowel", "muscle", "muscle_fat")
     c.ellipsoid((182, -26, 0), (84, 42, 92), (0, "bowel"), only=("visceral_fat",))
     c.ellipsoid((300, 30, -68), (30, 30, 30), (0, "visceral_fat"), only=inside)
@@ -269,8 +269,8 @@ def _abdomen(c: Canvas) -> None:
         return np.maximum(np.maximum(bulk, under), 318 - z - 0.55 * (-x) + 0.45 * (y + 10))
 
     window = c.window((235, -100, -140), (385, 100, 70))
-    cavity = c.outline(_CAVITY_Z, _CAVITY)[window]
-    c.fill(window, (liver(*c.zyx[(slice(None), *window)]) < 0) & (cavity < -2), "liver", only=("visceral_fat", "bowel"))
+    within = cavity[window]
+    c.fill(window, (liver(*c.zyx[(slice(None), *window)]) < 0) & (within < -2), "liver", only=("visceral_fat", "bowel"))
     vessels = [
         [(300, -5, -30), (318, -8, -52), (326, 10, -92)],
         [(318, -8, -52), (335, -35, -80)],
