@@ -18,6 +18,7 @@ import os
 import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,13 @@ class Store:
         """bool body mask; cell i covers the voxels 2i and 2i + 1 of each axis."""
         return self.read_array(id, "foreground").astype(bool)
 
+    def disk_bytes(self, id: str) -> int | None:
+        """What a scan takes on a local disk; None where the store lies elsewhere."""
+        if "://" in self.path:
+            return None
+        folder = Path(self.path, "scans", _checked(id))
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
     # ---------------------------------------------------------------- arrays beside the volume
 
     def write_array(self, id: str, name: str, array: np.ndarray, chunks: Sequence[int] | None = None) -> None:
@@ -293,7 +301,8 @@ class Store:
     def _damaged(self, id: str, name: str, error: Exception) -> UserError:
         where = f"{self.path}/scans/{id}/{name}"
         return UserError(
-            f"scan {id}: {where} is missing or damaged ({str(error)[:300]}); prepare or embed this scan again"
+            f"scan {id}: {where} is missing or damaged ({str(error)[:300]}); "
+            f"remove the folder {self.path}/scans/{id} and prepare this scan again"
         )
 
     def _spec(self, key: str) -> dict[str, Any]:

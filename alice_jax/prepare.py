@@ -1,0 +1,268 @@
+"""Prepares CT files for training: `python -m alice_jax.prepare --input DIR_OR_LIST --store DIR`.
+
+Every file ends as prepared or quarantined, named, with the reason. Running the command again continues where it was
+stopped and prepares what has changed.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from alice_jax import cli
+from alice_jax.data import cohort, sources
+from alice_jax.data.preparing import Outcome, prepare_scan, prepare_source
+from alice_jax.data.rejection import REMEDIES, Rejected
+from alice_jax.data.scan import Scan
+from alice_jax.data.sources import Source
+from alice_jax.data.store import Store
+from alice_jax.errors import UserError
+
+__all__ = ["main", "prepare", "prepare_scan"]
+
+SPACING_MM = (0.5, 10.0)
+MEMORY_OF_A_WORKER = 3 << 30  # bytes: a whole-body scan while it is resampled
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = _parse(argv)
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: its folder does not exist; create it or name another file")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    found = sources.find(args.input, skip=args.store)
+    store = Store.create(args.store, (args.spacing,) * 3)
+    start = time.time()
+    try:
+        outcomes = prepare(store, found.sources, args.workers)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nstopped; {store.path} keeps what is prepared, the same command continues", file=sys.stderr)
+        raise
+    prepared = [outcome for outcome in outcomes if outcome.id is not None]
+    quarantined = [outcome for outcome in outcomes if outcome.id is None]
+    scans = [store.scan(str(outcome.id)) for outcome in prepared]
+    _print_report(store, scans, prepared, quarantined, found.ignored, time.time() - start)
+    if args.json:
+        _write_json(Path(args.json), prepared, scans, quarantined)
+    return 1 if not prepared or (args.strict and quarantined) else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m alice_jax.prepare",
+        description="Prepares CT scans for training: validates each file, brings it to one orientation and spacing "
+        "in Hounsfield units, and stores it compressed, in chunks.",
+        epilog="Running the same command again continues and takes up changed files. Exit code: 0 if at least one scan "
+        "is prepared (with --strict: and none quarantined), else 1.",
+    )
+    parser.error = _complain  # type: ignore[method-assign, assignment]
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="DIR_OR_LIST",
+        help="a folder (searched for NIfTI, NRRD, MetaImage and DICOM series; with a dataset.json of nnU-Net or "
+        "Decathlon its images are taken), a single file, or a text file with one path per line, relative to it",
+    )
+    parser.add_argument(
+        "--store", required=True, metavar="DIR", help="where the scans go: a folder or gs://bucket/path"
+    )
+    parser.add_argument("--spacing", type=float, default=2.0, metavar="MM", help="of the stored voxels (default: 2.0)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if any file is quarantined")
+    parser.add_argument("--json", metavar="PATH", help="write what was prepared and quarantined to this file")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by processors and memory)")
+    args = parser.parse_args(argv)
+    if not SPACING_MM[0] <= args.spacing <= SPACING_MM[1]:
+        raise UserError(f"--spacing {args.spacing:g}: give millimetres between {SPACING_MM[0]} and {SPACING_MM[1]:g}")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: give at least 1")
+    return args
+
+
+def _complain(message: str) -> None:
+    raise UserError(f"{message}; see --help")
+
+
+# -------------------------------------------------------------------- the work
+
+
+def prepare(store: Store, found: Sequence[Source], workers: int | None = None) -> list[Outcome]:
+    """Prepares all sources into the store, in processes; the outcomes come in the order of the sources."""
+    scans = [store.scan(id) for id in store.ids()]
+    known_ids = {scan.extra["source"]["path"]: scan.id for scan in scans if "source" in scan.extra}
+    jobs = sources.assign_ids(found, known_ids)
+    results: dict[int, list[Outcome]] = {}
+    with tqdm(total=len(jobs), unit="file", desc="prepare", disable=not jobs) as bar:
+        running = _run(store, jobs, {scan.sha256: scan.id for scan in scans}, workers or _workers())
+        with contextlib.closing(running):
+            for index, outcomes in running:
+                results[index] = outcomes
+                bar.update()
+    return _without_duplicates(store, [outcome for index in sorted(results) for outcome in results[index]])
+
+
+def _without_duplicates(store: Store, outcomes: list[Outcome]) -> list[Outcome]:
+    """Workers do not see each other: of files with the same content prepared side by side the first one stays."""
+    first: dict[str, Outcome] = {}
+    result = []
+    for outcome in outcomes:
+        if outcome.id is not None:
+            original = first.setdefault(store.scan(outcome.id).sha256, outcome)
+            if original.id != outcome.id:
+                store.delete_scan(outcome.id)
+            if original is not outcome:
+                reason = Rejected("duplicate", f"of {original.file} (scan {original.id})")
+                outcome = Outcome(outcome.file, reason=reason)
+        result.append(outcome)
+    return result
+
+
+def _workers() -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(processors, memory // MEMORY_OF_A_WORKER, 32))
+
+
+def _run(
+    store: Store, jobs: Sequence[Source], known: Mapping[str, str], workers: int
+) -> Generator[tuple[int, list[Outcome]], None, None]:
+    """Yields (index, outcomes) as jobs finish. A worker that dies takes no other file with it."""
+    waiting = collections.deque(enumerate(jobs))
+    while waiting:
+        flying: dict[futures.Future, tuple[int, Source]] = {}
+        try:
+            with _pool(min(workers, len(waiting)), store, known) as pool:
+                while waiting or flying:
+                    while waiting and len(flying) < 2 * workers:
+                        flying[pool.submit(_work, waiting[0][1])] = waiting[0]
+                        waiting.popleft()
+                    done, _ = futures.wait(flying, return_when=futures.FIRST_COMPLETED)
+                    for future in done:
+                        outcomes = future.result()
+                        yield flying.pop(future)[0], outcomes
+        except BrokenProcessPool:  # a C library crashed or memory ran out: who was it?
+            for index, source in flying.values():
+                yield index, _run_alone(store, source, known)
+
+
+def _run_alone(store: Store, source: Source, known: Mapping[str, str]) -> list[Outcome]:
+    try:
+        with _pool(1, store, known) as pool:
+            return pool.submit(_work, source).result()
+    except BrokenProcessPool:
+        return [Outcome(source.path, reason=Rejected("reader crashed", "its process ended without a word"))]
+
+
+@contextlib.contextmanager
+def _pool(workers: int, store: Store, known: Mapping[str, str]) -> Iterator[futures.ProcessPoolExecutor]:
+    """Spawned processes (TensorStore's threads do not survive a fork), each with one thread for linear algebra."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    others = set(multiprocessing.active_children())
+    os.environ.update(dict.fromkeys(names, "1"))
+    context = multiprocessing.get_context("spawn")
+    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (store, known, os.getpid()))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # what it was writing stays invisible
+        raise
+    finally:
+        pool.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+_worker: tuple[Store, Mapping[str, str]]
+
+
+def _start_worker(store: Store, known: Mapping[str, str], parent: int) -> None:
+    global _worker
+    _worker = store, known
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """Ends an orphan: a parent that was killed cannot tell its workers."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(source: Source) -> list[Outcome]:
+    return prepare_source(_worker[0], source, _worker[1])
+
+
+# -------------------------------------------------------------------- what is said at the end
+
+
+def _print_report(
+    store: Store,
+    scans: Sequence[Scan],
+    prepared: Sequence[Outcome],
+    quarantined: Sequence[Outcome],
+    ignored: Mapping[str, int],
+    seconds: float,
+) -> None:
+    by_reason: dict[str, list[Outcome]] = collections.defaultdict(list)
+    for outcome in quarantined:
+        by_reason[outcome.reason.name if outcome.reason else ""].append(outcome)
+    for name, outcomes in by_reason.items():
+        print(f"\nquarantined, {name} ({len(outcomes)}): {REMEDIES[name]}")
+        for outcome in outcomes:
+            print(f"  {outcome.file}: {outcome.reason.detail if outcome.reason else ''}")
+    if scans:
+        print(f"\n{cohort.summary(store, scans)}")
+    kept = sum(outcome.kept for outcome in prepared)
+    each = f", {seconds / (len(prepared) - kept):.2f} s a scan" if len(prepared) > kept else ""
+    other = ", ".join(f"{ending} {count}" for ending, count in sorted(ignored.items()))
+    print(
+        f"\n{len(prepared)} prepared ({kept} of them were already there), {len(quarantined)} quarantined"
+        + (f", other files ignored: {other}" if other else "")
+        + f"\nstore {store.path}: {len(store.ids())} scans, {seconds:.0f} s{each}"
+    )
+    if not prepared:
+        print("error: nothing was prepared; see the reasons above", file=sys.stderr)
+
+
+def _write_json(path: Path, prepared: Sequence[Outcome], scans: Sequence[Scan], quarantined: Sequence[Outcome]) -> None:
+    report = {
+        "prepared": [
+            {
+                "file": outcome.file,
+                "id": scan.id,
+                "shape_zyx": list(scan.shape_zyx),
+                "spacing_zyx_mm": list(scan.spacing_zyx_mm),
+                "sha256": scan.sha256,
+            }
+            for outcome, scan in zip(prepared, scans, strict=True)
+        ],
+        "quarantined": [{"file": outcome.file, "reason": str(outcome.reason)} for outcome in quarantined],
+    }
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)
