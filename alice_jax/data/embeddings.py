@@ -128,8 +128,10 @@ def read_codec(store: Store) -> Codec | None:
     if raw is None:
         return None
     if raw.get("format") != FORMAT:
-        raise UserError(f"store {store.path}: embeddings of format {raw.get('format')}, this version reads {FORMAT}; "
-                        "run alice_jax.embed again")
+        raise UserError(
+            f"store {store.path}: embeddings of format {raw.get('format')}, this version reads {FORMAT}; "
+            "run alice_jax.embed again"
+        )
 
     def level(x: dict[str, Any]) -> Level:
         return Level(
@@ -299,9 +301,7 @@ def read_embedding(store: Store, id: str, codec: Codec | None = None) -> Embeddi
             f"store {store.path}: scan {id} was embedded by {have[:12]}, the store's embedder is {codec.hash[:12]}; "
             "vectors of two embedders cannot be compared: run python -m alice_jax.embed again"
         )
-    return Embedding(
-        id, store.scan(id).shape_zyx, codec, store.read_array(id, "fine"), store.read_array(id, "coarse")
-    )
+    return Embedding(id, store.scan(id).shape_zyx, codec, store.read_array(id, "fine"), store.read_array(id, "coarse"))
 
 
 class EmbeddingReader:

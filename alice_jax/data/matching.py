@@ -88,11 +88,14 @@ def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match
       UserError: the embeddings are of different embedders, or the key holds no body.
     """
     if query.codec.hash != key.codec.hash:
-        raise UserError(f"scans {query.id} and {key.id}: embedded by different embedders ({query.codec.hash[:12]}, "
-                        f"{key.codec.hash[:12]}); run alice_jax.embed on both with the same workdir")
+        raise UserError(
+            f"scans {query.id} and {key.id}: embedded by different embedders ({query.codec.hash[:12]}, "
+            f"{key.codec.hash[:12]}); run alice_jax.embed on both with the same workdir"
+        )
     if not len(key.body):
-        raise UserError(f"scan {key.id}: its embedding is empty, so nothing can be matched in it; "
-                        "check its foreground in the store")
+        raise UserError(
+            f"scan {key.id}: its embedding is empty, so nothing can be matched in it; check its foreground in the store"
+        )
     slabs = (key.keys[start : start + SLAB_CELLS] for start in range(0, len(key.keys), SLAB_CELLS))
     cells = cell_of_points(points_zyx_vox, query.codec.fine.stride_zyx_vox, query.grid_zyx)
     index, scores = search(query.vectors(cells) / 2, slabs)

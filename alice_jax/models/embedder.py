@@ -47,6 +47,42 @@ def upsample_nearest(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return x
 
 
+class Conv(nn.Module):
+    """A 3-D convolution, zero-padded by kernel // 2, computed as a 2-D one over (y, x).
+
+    The taps along z become input channels and the depth joins the batch: 3 to 5 times faster than XLA's 3-D
+    convolution on a CPU, and with few channels it fills a TPU's lanes better. Parameters as in `nn.Conv`.
+    """
+
+    features: int
+    kernel: Triple
+    stride: Triple = (1, 1, 1)
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, depth, height, width, channels = x.shape
+        (kz, ky, kx), (sz, sy, sx) = self.kernel, self.stride
+        kernel = self.param("kernel", self.kernel_init, (kz, ky, kx, channels, self.features), jnp.float32)
+        out_depth = (depth + 2 * (kz // 2) - kz) // sz + 1
+        padded = jnp.pad(x, ((0, 0), (kz // 2, kz // 2), (0, 0), (0, 0), (0, 0)))
+        taps = [padded[:, tap : tap + (out_depth - 1) * sz + 1 : sz] for tap in range(kz)]
+        planes = jnp.concatenate(taps, axis=-1).reshape(batch * out_depth, height, width, kz * channels)
+        y = jax.lax.conv_general_dilated(
+            planes.astype(self.dtype),
+            kernel.transpose(1, 2, 0, 3, 4).reshape(ky, kx, kz * channels, self.features).astype(self.dtype),
+            window_strides=(sy, sx),
+            padding=[(ky // 2, ky // 2), (kx // 2, kx // 2)],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = y.reshape(batch, out_depth, *y.shape[1:])
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias and batch norm. With `train`, the collection `batch_stats` *becomes* the batch's own
     mean and variance (momentum 0): mixing them into running statistics is the training objective's business."""
@@ -58,16 +94,8 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.Conv(
-            self.channels,
-            self.kernel,
-            self.stride,
-            padding=[(k // 2, k // 2) for k in self.kernel],
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            name="conv",
-        )(x)
+        he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        x = Conv(self.channels, self.kernel, self.stride, False, self.dtype, he, name="conv")(x)
         return nn.BatchNorm(use_running_average=not train, momentum=0.0, epsilon=1e-5, dtype=self.dtype, name="bn")(x)
 
 
@@ -122,12 +150,11 @@ class Embedder(nn.Module):
             for block in range(2):
                 stride = self.stage_strides_zyx[stage] if block == 0 else (1, 1, 1)
                 setattr(self, f"layer{stage + 1}_block{block}", BasicBlock(width, kernel, stride, **kind))
-        xavier = dict(kernel_init=nn.initializers.xavier_uniform(), **kind)
         for level in range(3):
-            setattr(self, f"fine_lateral{level}", nn.Conv(self.features, (1, 1, 1), **xavier))
-        self.coarse_lateral = nn.Conv(self.features, (1, 1, 1), **xavier)
-        self.fine_output = nn.Conv(self.features, (3, 3, 3), padding=1, **xavier)
-        self.coarse_output = nn.Conv(self.features, (3, 3, 3), padding=1, **xavier)
+            setattr(self, f"fine_lateral{level}", Conv(self.features, (1, 1, 1), **kind))
+        self.coarse_lateral = Conv(self.features, (1, 1, 1), **kind)
+        self.fine_output = Conv(self.features, (3, 3, 3), **kind)
+        self.coarse_output = Conv(self.features, (3, 3, 3), **kind)
 
     def stages(self, volume: jax.Array, train: bool = False) -> list[jax.Array]:
         """Outputs (batch, d, h, w, base_channels·2^stage) of the four stages; volume (batch, depth, height, width, 1).
@@ -140,8 +167,12 @@ class Embedder(nn.Module):
             for block in range(2):
                 x = getattr(self, f"layer{stage + 1}_block{block}")(x, train)
             if stage == 0 and self.depth_pool > 1:
-                pool = (self.depth_pool, 1, 1)
-                x = nn.max_pool(x, pool, strides=pool)
+                whole = x.shape[1] // self.depth_pool
+                x = (
+                    x[:, : whole * self.depth_pool]
+                    .reshape(x.shape[0], whole, self.depth_pool, *x.shape[2:])
+                    .max(axis=2)
+                )
             outputs.append(x)
         return outputs
 
