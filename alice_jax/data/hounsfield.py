@@ -16,7 +16,7 @@ def to_hu(raw: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> np.nda
 
     Works in slabs: beside its input it needs the result and little more.
     """
-    result = np.empty_like(raw, dtype=np.int16)
+    result = np.empty_like(raw, dtype=np.int16, subok=False)
     bad = 0
     low, high = np.inf, -np.inf
     counts = np.zeros(_LIMITS.max - _PADDING_HU + 1, np.int64)  # of each HU from _PADDING_HU upward

@@ -128,10 +128,9 @@ def _read_nifti(path: Path) -> Image:
     shape = _check_shape(header.get_data_shape())
     data_path = Path(str(image.file_map["image"].filename))
     compressed = data_path.name.lower().endswith(".gz")
-    offset = 0 if compressed else int(header.get_data_offset())
-    _check_size(math.prod(shape) * dtype.itemsize + offset, data_path.stat().st_size, compressed)
-    affine = _check_affine(_nifti_affine(header, image.affine), header.get_xyzt_units()[0])
     proxy = cast(nib.arrayproxy.ArrayProxy, image.dataobj)
+    _check_size(math.prod(shape) * dtype.itemsize + proxy.offset, data_path.stat().st_size, compressed)
+    affine = _check_affine(_nifti_affine(header, image.affine), header.get_xyzt_units()[0])
     raw = np.asanyarray(proxy.get_unscaled()).reshape(shape, order="A")
     return Image(hounsfield.to_hu(raw, proxy.slope, proxy.inter), affine, dtype.name)
 
@@ -173,7 +172,7 @@ def _is_regular(affine: np.ndarray) -> bool:
 
 
 def _read_itk(path: Path) -> Image:
-    file_bytes, compressed = _check_itk_header(path)
+    file_bytes, compressed, oriented = _check_itk_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     with _silence():
@@ -186,6 +185,8 @@ def _read_itk(path: Path) -> Image:
     shape = _check_shape(reader.GetSize())
     item = 1 if "8-bit" in pixel else 2 if "16-bit" in pixel else 8 if "64-bit" in pixel else 4
     _check_size(math.prod(shape) * item, file_bytes, compressed)
+    if not oriented:
+        raise Rejected("no orientation", "the header does not state it")
     n = reader.GetDimension()
     affine_lps = np.eye(4)
     direction = np.array(reader.GetDirection()).reshape(n, n)[:3, :3]
@@ -198,8 +199,8 @@ def _read_itk(path: Path) -> Image:
     return Image(hounsfield.to_hu(raw.reshape(shape[::-1]).T), affine, raw.dtype.name)
 
 
-def _check_itk_header(path: Path) -> tuple[int, bool]:
-    """Size of the file with the voxels, and whether they are compressed.
+def _check_itk_header(path: Path) -> tuple[int, bool, bool]:
+    """Size of the file with the voxels, whether they are compressed, and whether the header orients them.
 
     ITK follows whatever path a header names and believes its sizes, so the text is looked at first.
     """
@@ -228,12 +229,10 @@ def _check_itk_header(path: Path) -> tuple[int, bool]:
     data_path = path_within(path.parent, detached) if detached else path
     if not data_path.is_file():
         raise Rejected("missing", f"the header names {detached}")
-    if not oriented:
-        raise Rejected("no orientation", "the header does not state it")
     size = data_path.stat().st_size
     if int(fields.get("compresseddatasize", 0) or 0) > size:
         raise Rejected("truncated", f"the header announces {fields['compresseddatasize']} bytes, the file has {size}")
-    return size, compressed
+    return size, compressed, oriented
 
 
 @contextlib.contextmanager

@@ -1,0 +1,424 @@
+"""Every kind of odd or broken file is read correctly or gets its named reason, with bounded memory."""
+
+import gzip
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+
+import hypothesis
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import strategies as st
+
+from alice_jax.data import hounsfield, readers
+from alice_jax.data.rejection import REMEDIES, Rejected
+
+AFFINE = np.array([[1.5, 0, 0, -30], [0, 1.5, 0, -20], [0, 0, 3, 100], [0, 0, 0, 1.0]])  # RAS
+
+
+def ct_like(shape=(36, 32, 24), seed=0) -> np.ndarray:
+    """int16 HU (i, j, k): air around a body of soft tissue and fat with a bone that tells the axes apart."""
+    rng = np.random.default_rng(seed)
+    i, j, k = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    hu = np.full(shape, -1000.0)
+    radius = np.hypot(i / 0.9, j / 0.8)
+    hu[radius < 1] = -90
+    hu[radius < 0.85] = 45
+    hu[(np.hypot(i - 0.3, j + 0.35) < 0.15) & (k > -0.6)] = 700
+    return (hu + rng.normal(0, 12, shape)).round().clip(-1024).astype(np.int16)
+
+
+def write_nifti(path, array, affine=AFFINE, **header):
+    image = nib.Nifti1Image(array, affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def patch(path, offset, data):
+    raw = bytearray(path.read_bytes())
+    raw[offset : offset + len(data)] = data
+    path.write_bytes(raw)
+    return path
+
+
+def reason_of(path, **kwargs) -> Rejected:
+    with pytest.raises(Rejected) as caught:
+        readers.read(path, **kwargs)
+    assert caught.value.name in REMEDIES and "\n" not in str(caught.value)
+    return caught.value
+
+
+# ---------------------------------------------------------------- files that are read
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.hdr", "ünï cödé 患者.nii.gz", "with.dots.v1.nii"])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "float32", "float64", ">i2"])
+def test_nifti_of_any_number_type(tmp_path, name, dtype):
+    hu = ct_like()
+    path = tmp_path / name
+    (nib.Nifti1Pair if name.endswith(".hdr") else nib.Nifti1Image)(hu.astype(dtype), AFFINE).to_filename(path)
+    image = readers.read(path)
+    np.testing.assert_array_equal(image.hu_ijk, hu)
+    np.testing.assert_allclose(image.affine_ras, AFFINE, atol=1e-5)
+
+
+def test_nifti2_big_endian_and_extensions(tmp_path):
+    hu = ct_like()
+    nib.save(nib.Nifti2Image(hu, AFFINE), tmp_path / "two.nii")
+    image = nib.Nifti1Image(hu, AFFINE, header=nib.Nifti1Header(endianness=">"))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 999))
+    nib.save(image, tmp_path / "big.nii")
+    for name in ("two.nii", "big.nii"):
+        np.testing.assert_array_equal(readers.read(tmp_path / name).hu_ijk, hu)
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+    hu = ct_like()
+    image = nib.Nifti1Image((hu.astype(np.int32) + 1024).clip(0).astype(np.uint16), AFFINE)
+    image.header.set_slope_inter(1, -1024)
+    nib.save(image, tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(readers.read(tmp_path / "a.nii.gz").hu_ijk, hu.clip(-1024))
+
+
+def test_nan_slope_means_no_scaling(tmp_path):
+    path = write_nifti(tmp_path / "a.nii", ct_like())
+    patch(path, 112, struct.pack("<2f", np.nan, np.nan))
+    np.testing.assert_array_equal(readers.read(path).hu_ijk, ct_like())
+
+
+def test_padding_becomes_air(tmp_path):
+    hu = ct_like()
+    hu[:3] = -3024
+    assert (readers.read(write_nifti(tmp_path / "a.nii", hu)).hu_ijk[:3] == -1024).all()
+
+
+def test_trailing_axes_of_one_are_dropped(tmp_path):
+    hu = ct_like()
+    assert readers.read(write_nifti(tmp_path / "a.nii", hu[..., None])).hu_ijk.shape == hu.shape
+
+
+@pytest.mark.parametrize("unit, factor", [("meter", 1e-3), ("mm", 1), ("micron", 1e3), ("unknown", 1)])
+def test_units_are_respected(tmp_path, unit, factor):
+    image = nib.Nifti1Image(ct_like(), np.diag([factor] * 3 + [1]) @ AFFINE)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    np.testing.assert_allclose(readers.read(tmp_path / "a.nii").affine_ras, AFFINE, rtol=1e-5, atol=1e-4)
+
+
+def itk_image(hu_ijk=None, affine=AFFINE) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray((ct_like() if hu_ijk is None else hu_ijk).T))
+    affine_lps = np.diag([-1.0, -1, 1, 1]) @ affine
+    spacing = np.linalg.norm(affine_lps[:3, :3], axis=0)
+    image.SetSpacing(spacing)
+    image.SetDirection((affine_lps[:3, :3] / spacing).ravel())
+    image.SetOrigin(affine_lps[:3, 3])
+    return image
+
+
+def write_dicom(folder, image: sitk.Image, uid="1.2.3", slope=1, intercept=-1024, skip=(), **tags) -> list[str]:
+    """A CT series, one file per slice, named so that the order of names is not that of positions."""
+    folder.mkdir(exist_ok=True, parents=True)
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    paths = []
+    for k in range(image.GetDepth()):
+        if k in skip:
+            continue
+        stored = image[:, :, k]  # the writer itself undoes the rescale that the tags name
+        position = image.TransformIndexToPhysicalPoint((0, 0, k))
+        values = {
+            "0008|0060": "CT",
+            "0010|0020": "secret name",
+            "0020|000e": uid,
+            "0020|000d": "1.2",
+            "0008|0018": f"{uid}.{k + 1}",
+            "0020|0032": "\\".join(f"{v:.6f}" for v in position),
+            "0020|0037": "\\".join(f"{v:.6f}" for v in direction.T[:2].ravel()),
+            "0028|1052": str(intercept),
+            "0028|1053": str(slope),
+        } | {tag.replace("_", "|"): value for tag, value in tags.items()}
+        stored.SetSpacing(image.GetSpacing()[:2])
+        for tag, value in values.items():
+            stored.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{(k * 7) % 101:03d}.dcm"))
+        writer.Execute(stored)
+        paths.append(writer.GetFileName())
+    return sorted(paths)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nhdr", "dicom"])
+@pytest.mark.parametrize("compress", [False, True])
+def test_other_formats_equal_nifti(tmp_path, name, compress):
+    wanted = readers.read(write_nifti(tmp_path / "a.nii", ct_like()))
+    if name == "dicom":
+        image = readers.read(tmp_path, series=write_dicom(tmp_path / "series", itk_image()))
+        assert image.patient and "secret" not in image.patient
+    else:
+        sitk.WriteImage(itk_image(), str(tmp_path / name), compress)
+        image = readers.read(tmp_path / name)
+    np.testing.assert_array_equal(image.hu_ijk, wanted.hu_ijk)
+    np.testing.assert_allclose(image.affine_ras, wanted.affine_ras, atol=1e-5)
+
+
+def test_a_tilted_gantry_is_in_the_affine(tmp_path):
+    image = itk_image()
+    paths = write_dicom(tmp_path / "tilted", image)
+    for path in paths:  # each slice 0.5 mm further back than the one below
+        one = sitk.ReadImage(path)
+        k = round((float(one.GetMetaData("0020|0032").split("\\")[2]) - 100) / 3)
+        position = image.TransformIndexToPhysicalPoint((0, 0, k))
+        one.SetMetaData("0020|0032", f"{position[0]}\\{position[1] + 0.5 * k}\\{position[2]}")
+        flat = sitk.Cast(one[:, :, 0], sitk.sitkInt16)
+        for tag in one.GetMetaDataKeys():
+            flat.SetMetaData(tag, one.GetMetaData(tag))
+        flat.SetSpacing(one.GetSpacing()[:2])
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(path)
+        writer.Execute(flat)
+    result = readers.read(tmp_path, series=paths)
+    np.testing.assert_allclose(result.affine_ras[:3, 2], [0, -0.5, 3], atol=1e-4)
+    np.testing.assert_array_equal(result.hu_ijk, ct_like())
+
+
+# ---------------------------------------------------------------- files that are not
+
+
+def broken_files(folder):
+    """{case: (path, name of the reason)} of one file each."""
+    hu = ct_like()
+    cases = {}
+
+    def add(case, reason, path):
+        cases[case] = (path, reason)
+
+    def nifti(case, reason, array, affine=AFFINE, ending=".nii.gz", **header):
+        add(case, reason, write_nifti(folder / f"{case}{ending}", array, affine, **header))
+
+    def raw(case, reason, offset, data):
+        add(case, reason, patch(write_nifti(folder / f"{case}.nii", hu), offset, data))
+
+    good = gzip.compress(write_nifti(folder / "good.nii", hu).read_bytes())
+    for case, reason, data in [
+        ("empty.nii.gz", "unreadable", b""),
+        ("truncated.nii.gz", "truncated", good[: len(good) // 2]),
+        ("garbage.nii.gz", "unreadable", gzip.compress(b"not an image" * 99)),
+        ("not_gzip.nii.gz", "unreadable", b"not gzip" * 99),
+        ("header.nii", "truncated", (folder / "good.nii").read_bytes()[:352]),
+        ("cut.nii", "truncated", (folder / "good.nii").read_bytes()[:-1]),
+        ("short.nii", "unreadable", (folder / "good.nii").read_bytes()[:100]),
+        ("text.mha", "missing", b"ElementDataFile = nowhere.raw"),
+        ("text.nrrd", "unreadable", b"NRRD0004\nnothing: more\n\n"),
+        ("photo.png", "unreadable", b"\x89PNG"),
+    ]:
+        (folder / case).write_bytes(data)
+        add(case, reason, folder / case)
+    os.symlink(folder / "nowhere", folder / "dangling.nii.gz")
+    add("dangling", "missing", folder / "dangling.nii.gz")
+    (folder / "lonely.hdr").write_bytes((folder / "good.nii").read_bytes()[:344] + b"ni1\0")
+    add("no .img", "missing", folder / "lonely.hdr")
+
+    raw("magic", "unreadable", 344, b"xxxx")
+    raw("negative_dim", "unreadable", 42, struct.pack("<h", -64))
+    raw("zero_dim", "unreadable", 42, struct.pack("<h", 0))
+    raw("huge", "too large", 42, struct.pack("<3h", 32767, 32767, 32767))
+    raw("wrong_size", "truncated", 42, struct.pack("<3h", 900, 900, 900))
+    raw("far_offset", "unreadable", 108, struct.pack("<f", 1e30))
+    raw("no_forms", "no orientation", 252, struct.pack("<2h", 0, 0))
+    contradiction = nib.Nifti1Image(hu, AFFINE)
+    contradiction.set_qform(np.diag([-1.0, 1, 1, 1]) @ AFFINE, 1)
+    nib.save(contradiction, folder / "contradiction.nii")
+    add("contradiction", "no orientation", folder / "contradiction.nii")
+    zero_step = nib.Nifti1Image(hu, AFFINE)
+    zero_step.set_sform(None, 0)
+    zero_step.set_qform(AFFINE, 1)
+    nib.save(zero_step, folder / "zero_step.nii")
+    add("zero_step", "spacing", patch(folder / "zero_step.nii", 80, struct.pack("<f", 0)))
+
+    nifti("two_d", "not a volume", hu[:, :, 0])
+    nifti("single_slice", "not a volume", hu[:, :, :1])
+    nifti("four_d", "4-D", np.stack([hu] * 3, -1))
+    nifti("complex", "complex", hu.astype(np.complex64))
+    rgb = np.zeros(hu.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nifti("rgb", "several values per voxel", rgb)
+    with_nan = hu.astype(np.float32)
+    with_nan[3:5, 3, 3] = np.nan, np.inf
+    nifti("some_nan", "NaN or infinite voxels", with_nan)
+    nifti("all_nan", "NaN or infinite voxels", np.full(hu.shape, np.nan, np.float32))
+
+    def sform(case, reason, *rows):
+        raw(case, reason, 280, np.array(rows, "<f4").tobytes())
+
+    sform("flat_axis", "singular affine", [1.5, 0, 0, 0], [0, 0, 0, 0], [0, 0, 3, 0])
+    sform("parallel", "singular affine", [1.5, 1.5, 0, 0], [0, 0.01, 0, 0], [0, 0, 3, 0])
+    sform("same_axis", "singular affine", [1.5, 0, 1.5, 0], [0, 1.5, 0, 0], [0, 0, 0, 0])
+    sform("nan_affine", "singular affine", [1.5, 0, 0, np.nan], [0, 1.5, 0, 0], [0, 0, 3, 0])
+    nifti("fine_spacing", "spacing", hu, np.diag([0.01, 1, 1, 1]))
+    nifti("coarse_spacing", "spacing", hu, np.diag([1, 1, 40.0, 1]))
+    nifti("micron", "spacing", hu, xyzt_units=3)
+
+    nifti("constant", "not a CT intensity range", np.full(hu.shape, -1000, np.int16))
+    nifti("label_map", "not a CT intensity range", (hu > 0).astype(np.uint8))
+    nifti("eight_bit", "not a CT intensity range", ((hu.clip(-160, 240) + 160) / 400 * 255).astype(np.uint8))
+    nifti("windowed", "not a CT intensity range", hu.clip(-160, 240))
+    nifti("zero_to_one", "not a CT intensity range", ((hu + 1000) / 2000).clip(0, 1).astype(np.float32))
+    nifti("z_score", "not a CT intensity range", ((hu - hu.mean()) / hu.std()).astype(np.float32))
+    nifti("mr", "not a CT intensity range", np.abs(hu // 2 + 500) % 900)
+    nifti("masked", "not a CT intensity range", np.where(hu < -500, 0, hu).astype(np.int16))
+    nifti("air", "not a CT intensity range", (hu // 50 - 1000).astype(np.int16))
+    nifti("too_bright", "not a CT intensity range", hu.astype(np.int32) * 1000)
+    nifti("uint16_offset", "stored with an offset", (hu.astype(int) + 1024).clip(0).astype(np.uint16))
+    padded = (hu.astype(int) + 1024).astype(np.int16)
+    padded[:4] = -2000
+    nifti("offset_with_padding", "stored with an offset", padded)
+
+    for ending in ("mha", "nrrd"):
+        sitk.WriteImage(itk_image(), str(folder / f"cut.{ending}"))
+        os.truncate(folder / f"cut.{ending}", 5000)
+        add(f"cut {ending}", "truncated", folder / f"cut.{ending}")
+        sitk.WriteImage(itk_image(), str(folder / f"cut_z.{ending}"), True)
+        os.truncate(folder / f"cut_z.{ending}", 5000)
+        add(f"cut compressed {ending}", "truncated" if ending == "mha" else "unreadable", folder / f"cut_z.{ending}")
+        colour = sitk.Compose([sitk.Cast(itk_image(), sitk.sitkFloat32)] * 3)
+        sitk.WriteImage(colour, str(folder / f"colour.{ending}"))
+        add(f"colour {ending}", "several values per voxel", folder / f"colour.{ending}")
+        sitk.WriteImage(sitk.JoinSeries([itk_image()] * 2), str(folder / f"four.{ending}"))
+        add(f"4-D {ending}", "4-D", folder / f"four.{ending}")
+    nrrd = (folder / "cut.nrrd").read_bytes()
+    for case, reason, old, new in [
+        ("unplaced.nrrd", "no orientation", b"space: left-posterior-superior", b"space dimension: 3"),
+        ("huge.nrrd", "too large", b"sizes: 36 32 24", b"sizes: 1048576 1048576 24"),
+        ("elsewhere.nhdr", "outside the data set", b"encoding: raw", b"encoding: raw\ndata file: ../../etc/passwd"),
+        ("absolute.nhdr", "outside the data set", b"encoding: raw", b"encoding: raw\ndata file: /etc/passwd"),
+        ("gone.nhdr", "missing", b"encoding: raw", b"encoding: raw\ndata file: gone.raw"),
+        ("list.nhdr", "unreadable", b"encoding: raw", b"encoding: raw\ndata file: LIST"),
+    ]:
+        assert old in nrrd
+        (folder / case).write_bytes(nrrd.replace(old, new))
+        add(case, reason, folder / case)
+    mha = (folder / "cut_z.mha").read_bytes()
+    (folder / "claim.mha").write_bytes(mha.replace(b"CompressedDataSize = ", b"CompressedDataSize = 99999999"))
+    add("claim.mha", "truncated", folder / "claim.mha")
+    return cases
+
+
+def test_each_broken_kind_has_its_reason(tmp_path):
+    cases = broken_files(tmp_path)
+    assert len(cases) > 50
+    wrong = {}
+    for case, (path, wanted) in cases.items():
+        try:
+            readers.read(path)
+            wrong[case] = (wanted, "was read")
+        except Rejected as reason:
+            if reason.name != wanted:
+                wrong[case] = (wanted, str(reason))
+    assert not wrong
+
+
+def test_a_header_that_claims_a_terabyte_costs_no_memory(tmp_path):
+    """Runs in a process of its own with little address space left."""
+    nifti = patch(write_nifti(tmp_path / "a.nii", ct_like()), 42, struct.pack("<3h", 10240, 10240, 10240))
+    packed = tmp_path / "a.nii.gz"
+    packed.write_bytes(gzip.compress(nifti.read_bytes()))
+    sitk.WriteImage(itk_image(), str(tmp_path / "a.nrrd"))
+    text = (tmp_path / "a.nrrd").read_bytes()
+    (tmp_path / "a.nrrd").write_bytes(text.replace(b"sizes: 36 32 24", b"sizes: 10240 10240 10240"))
+    code = f"""
+import resource
+from alice_jax.data import readers
+from alice_jax.data.rejection import Rejected
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**28,) * 2)
+for name in ("a.nii", "a.nii.gz", "a.nrrd"):
+    try:
+        readers.read({str(tmp_path)!r} + "/" + name)
+    except Rejected as reason:
+        print(reason.name, "not enough memory" in str(reason))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:3] == ["too large False"] * 3, done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"skip": (7,)}, "uneven slices"),
+        ({"skip": range(1, 24)}, "not a volume"),
+        ({"0008_0060": "MR"}, "not a CT intensity range"),
+        ({"0020_0032": "0\\0\\0"}, "singular affine"),
+    ],
+)
+def test_broken_series(tmp_path, change, reason):
+    assert reason_of(tmp_path, series=write_dicom(tmp_path / "s", itk_image(), **change)).name == reason
+
+
+def test_a_series_without_rescale_or_orientation(tmp_path):
+    paths = write_dicom(tmp_path / "raw", itk_image(ct_like() + np.int16(1100)), intercept=0)
+    assert reason_of(tmp_path, series=paths).name == "stored with an offset"
+    paths = write_dicom(tmp_path / "s", itk_image())
+    for path in map(pathlib.Path, paths):  # the tag of the orientation becomes one that nobody knows
+        path.write_bytes(path.read_bytes().replace(b"\x20\x00\x37\x00\x0e\x00", b"\x20\x00\x38\x00\x0e\x00"))
+    assert reason_of(tmp_path, series=paths).name == "no orientation"
+
+
+def test_a_cut_slice_and_files_that_are_no_images(tmp_path):
+    paths = write_dicom(tmp_path / "s", itk_image())
+    os.truncate(paths[5], 1500)
+    note = tmp_path / "note.dcm"
+    note.write_bytes(b"\0" * 128 + b"DICM" + b"nothing")
+    series, rejected = readers.dicom_series([*paths, str(note)])
+    assert list(series) == ["1.2.3"] and {os.path.basename(path) for path, _ in rejected} >= {"note.dcm"}
+    assert reason_of(tmp_path, series=series["1.2.3"]).name in ("unreadable", "uneven slices")
+
+
+def test_several_series_are_told_apart(tmp_path):
+    write_dicom(tmp_path / "s", itk_image(), uid="1.1")
+    other = write_dicom(tmp_path / "t", itk_image(ct_like(seed=1)), uid="1.2")
+    for path in other:
+        os.rename(path, tmp_path / "s" / f"b{os.path.basename(path)}")
+    series, rejected = readers.dicom_series([str(path) for path in sorted((tmp_path / "s").iterdir())])
+    assert {uid: len(files) for uid, files in series.items()} == {"1.1": 24, "1.2": 24} and not rejected
+    np.testing.assert_array_equal(readers.read(tmp_path, series=series["1.2"]).hu_ijk, ct_like(seed=1))
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
+def test_damaged_bytes_never_escape_as_anything_else(tmp_path_factory, ending):
+    """Random damage to header and data: read, or rejected with a reason; never another exception."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    good = folder / f"good{ending}"
+    hu = ct_like((18, 17, 16))
+    write_nifti(good, hu) if "nii" in ending else sitk.WriteImage(itk_image(hu), str(good))
+    data = good.read_bytes()
+
+    @hypothesis.settings(max_examples=60, deadline=None, database=None)
+    @hypothesis.given(
+        edits=st.lists(st.tuples(st.integers(0, min(len(data), 600) - 1), st.integers(0, 255)), max_size=6),
+        keep=st.one_of(st.just(len(data)), st.integers(0, len(data))),
+    )
+    def damaged(edits, keep):
+        spoiled = bytearray(data)
+        for position, value in edits:
+            spoiled[position] = value
+        path = folder / f"bad{ending}"
+        path.write_bytes(spoiled[:keep])
+        try:
+            image = readers.read(path)
+            assert image.hu_ijk.dtype == np.int16 and image.hu_ijk.ndim == 3 and np.isfinite(image.affine_ras).all()
+        except Rejected as reason:
+            assert str(reason)
+
+    damaged()
+
+
+def test_hounsfield_does_not_depend_on_memory_layout():
+    hu = ct_like((40, 30, 20))
+    for view in (hu, np.asfortranarray(hu), hu[::-1, :, ::-1], hu.transpose(2, 0, 1)):
+        np.testing.assert_array_equal(hounsfield.to_hu(view), view)
