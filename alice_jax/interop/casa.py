@@ -31,7 +31,7 @@ UNUSED_OUT = ("projection_student_out", "projection_teacher_out")
 ORDER = (
     f"{' '.join(UNUSED_IN)} Cross_Att {' '.join(UNUSED_OUT)} MH_attn pos_ffn "
     "w_qs w_ks w_vs fc w_1 w_2 layer_norm weight bias"
-).split()
+)
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> Tree:

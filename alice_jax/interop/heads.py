@@ -20,7 +20,7 @@ RULES: list[Rule] = [
     *linear("mlp4", "decoder_projection"),
 ]
 
-ORDER = "mlp 0 2 4 last_layer last_layer2 mlp3 mlp4 weight_g weight_v weight bias".split()
+ORDER = "mlp 0 2 4 last_layer last_layer2 mlp3 mlp4 weight_g weight_v weight bias"
 
 
 def from_torch(state: Mapping[str, np.ndarray], separate_last: bool) -> Tree:

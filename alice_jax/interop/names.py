@@ -99,10 +99,11 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield prefix + name, value
 
 
-def in_order(state: Mapping[str, np.ndarray], order: Sequence[str]) -> State:
+def in_order(state: Mapping[str, np.ndarray], order: str) -> State:
     """The state dict sorted part by part: numbers by value, words by their place in `order`."""
+    words = order.split()
 
     def key(name: str) -> list[int]:
-        return [int(part) if part.isdigit() else order.index(part) for part in name.split(".")]
+        return [int(part) if part.isdigit() else words.index(part) for part in name.split(".")]
 
     return {name: state[name] for name in sorted(state, key=key)}

@@ -55,7 +55,7 @@ ORDER = (
     "model_down decoder final mask_token patch_embed proj1 proj2 conv1 conv2 layers blocks norm0 norm1 attn "
     "relative_position_bias_table relative_position_index qkv kv proj norm2 norm3 mlp fc1 fc2 "
     "downsample Upsample reduction norm up weight bias"
-).split()
+)
 
 # in the authors' state dict only: buffers that we compute, and parameters that never influence an output
 BUFFER = re.compile(r".*\.relative_position_index")

@@ -21,6 +21,7 @@ class CASA(nn.Module):
     inner: int = 2048
     heads: int = 8
     head_dim: int = 64
+    value_dim: int | None = None  # of one head; `head_dim` unless given
     dropout: float = 0.1
     query_residual: bool = False
     dtype: Any = jnp.float32
@@ -31,7 +32,7 @@ class CASA(nn.Module):
 
         self.query = linear(self.heads * self.head_dim, False)
         self.key = linear(self.heads * self.head_dim, False)
-        self.value = linear(self.heads * self.head_dim, False)
+        self.value = linear(self.heads * (self.value_dim or self.head_dim), False)
         self.out = linear(self.width, False)
         self.norm1 = LayerNorm(1e-6, self.dtype)
         self.fc1 = linear(self.inner, True)
@@ -40,8 +41,8 @@ class CASA(nn.Module):
         self.drop = nn.Dropout(self.dropout)
 
     def _split(self, x: jax.Array) -> jax.Array:
-        """(b, n, heads * head_dim) -> (b, heads, n, head_dim)."""
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim).swapaxes(1, 2)
+        """(b, n, heads * size) -> (b, heads, n, size)."""
+        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     def attention(self, query: jax.Array, context: jax.Array) -> jax.Array:
         """The attention probabilities: query (b, q, c), context (b, k, c) -> (b, heads, q, k) float32."""
@@ -53,7 +54,7 @@ class CASA(nn.Module):
         """query (b, q, width), context (b, k, width) -> (b, q, width). Dropout draws from the stream "dropout"."""
         weights = self.drop(self.attention(query, context), deterministic=not train).astype(self.dtype)
         y = jnp.einsum("bhqk,bhke->bhqe", weights, self._split(self.value(context)))
-        y = self.out(y.swapaxes(1, 2).reshape(*query.shape[:2], self.heads * self.head_dim))
+        y = self.out(y.swapaxes(1, 2).reshape(*query.shape[:2], -1))
         y = self.drop(y, deterministic=not train)
         y = self.norm1(y + query.astype(y.dtype) if self.query_residual else y)
         z = self.drop(self.fc2(nn.relu(self.fc1(y))), deterministic=not train)

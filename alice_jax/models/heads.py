@@ -27,9 +27,7 @@ class Prototypes(nn.Module):
         gain = self.param("gain", nn.initializers.ones, (self.count,), jnp.float32)
         gain = gain if self.train_gain else jax.lax.stop_gradient(gain)
         kernel = direction * (gain * jax.lax.rsqrt(jnp.sum(direction * direction, axis=0)))
-        return jnp.matmul(
-            x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 class Head(nn.Module):
