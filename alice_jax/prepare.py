@@ -7,6 +7,7 @@ stopped and prepares what has changed.
 import argparse
 import collections
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -39,6 +40,8 @@ MEMORY_OF_A_WORKER = 3 << 30  # bytes: a whole-body scan while it is resampled
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: its folder does not exist; create it or name another file")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -33,6 +33,7 @@ def ct_like(shape=(36, 32, 24), seed=0) -> np.ndarray:
 
 
 def write_nifti(path, array, affine=AFFINE, **header):
+    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     for name, value in header.items():
         image.header[name] = value
@@ -291,7 +292,7 @@ def broken_files(folder):
         add(f"colour {ending}", "several values per voxel", folder / f"colour.{ending}")
         sitk.WriteImage(sitk.JoinSeries([itk_image()] * 2), str(folder / f"four.{ending}"))
         add(f"4-D {ending}", "4-D", folder / f"four.{ending}")
-    nrrd = (folder / "cut.nrrd").read_bytes()
+    nrrd = (folder / "cut.nrrd").read_bytes() + bytes(2**16)  # whole again
     for case, reason, old, new in [
         ("unplaced.nrrd", "no orientation", b"space: left-posterior-superior", b"space dimension: 3"),
         ("huge.nrrd", "too large", b"sizes: 36 32 24", b"sizes: 1048576 1048576 24"),

@@ -182,6 +182,16 @@ def test_named_arrays(filled, dtype):
     np.testing.assert_array_equal(region, wanted)
 
 
+def test_a_half_written_array_is_not_there(store):
+    """Whatever the scan is called: the letter c is also the folder of zarr's chunks."""
+    volume, foreground = make_volume()
+    store.write_scan(make_scan("c"), volume, foreground)
+    store.write_array("c", "fine", volume)
+    assert store.has_array("c", "fine")
+    os.remove(shard_of(store, "c", "fine"))
+    assert not store.has_array("c", "fine") and store.has_array("c", "volume") and not store.has_array("c", "coarse")
+
+
 def test_settings_must_agree(store, tmp_path):
     assert Store.create(store.path, (2.0, 2.0, 2.0)).path == store.path
     with pytest.raises(UserError, match=r"spacing_zyx_mm is .* name another folder"):

@@ -151,8 +151,10 @@ def _into_store(store: Store, source: Source, known: Mapping[str, str]) -> Outco
         others = {sha256: id for sha256, id in known.items() if id != source.id}
         spacing_mm = float(store.manifest["spacing_zyx_mm"][0])
         placed = _place(readers.read(source.path, source.files), spacing_mm)
-        if placed.sha256 in others:  # before the work
-            return _same_content(store, source, others[placed.sha256], origin)
+        twin = others.get(placed.sha256)
+        if twin and _is_whole(store, twin):  # before the work
+            return _same_content(store, source, twin, origin)
+        source = dataclasses.replace(source, id=twin or source.id)
         scan, volume, body = _finish(placed, source.path, spacing_mm)
     except Rejected as reason:
         return Outcome(source.path, reason=reason)
@@ -185,10 +187,13 @@ def _origin(source: Source) -> dict[str, Any]:
 
 def _is_current(store: Store, id: str, origin: dict[str, Any]) -> bool:
     try:
-        unchanged = store.scan(id).extra.get("source") == origin
-        return unchanged and store.has_array(id, "volume") and store.has_array(id, "foreground")
+        return store.scan(id).extra.get("source") == origin and _is_whole(store, id)
     except UserError:  # not there, or damaged
         return False
+
+
+def _is_whole(store: Store, id: str) -> bool:
+    return store.has_array(id, "volume") and store.has_array(id, "foreground")
 
 
 def _same_content(store: Store, source: Source, other: str, origin: dict[str, Any]) -> Outcome:

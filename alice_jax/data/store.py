@@ -197,9 +197,10 @@ class Store:
 
     def has_array(self, id: str, name: str) -> bool:
         """Whether the array is there, completely written."""
-        keys = self._list(f"scans/{_checked(id)}/{_checked(name)}/")
+        prefix = f"scans/{_checked(id)}/{_checked(name)}/"
+        keys = [key.removeprefix(prefix) for key in self._list(prefix)]
         # The metadata is written first and the only shard last, in one atomic step.
-        return any(key.endswith("/zarr.json") for key in keys) and any("/c/" in key for key in keys)
+        return "zarr.json" in keys and any(key.startswith("c/") and "__lock" not in key for key in keys)
 
     def read_array(self, id: str, name: str) -> np.ndarray:
         """A whole array of a scan."""

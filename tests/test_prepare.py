@@ -1,0 +1,435 @@
+"""The command: each file ends as a scan or with a reason, in one frame, and running again continues."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from alice_jax import prepare as command
+from alice_jax.data import sources
+from alice_jax.data.preparing import prepare_scan, prepare_source
+from alice_jax.data.sources import Source
+from alice_jax.data.store import Store
+from alice_jax.errors import UserError
+from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
+
+
+@pytest.fixture
+def processes():
+    """Asked for by the tests that are about processes, which take seconds to start."""
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch, request):
+    if "processes" in request.fixturenames:
+        return
+
+    def run(store, jobs, known, workers):
+        for index, job in enumerate(jobs):
+            yield index, prepare_source(store, job, known)
+
+    monkeypatch.setattr(command, "_run", run)
+
+
+def run(*args) -> int:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return command.main([str(arg) for arg in args])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def report_of(tmp_path, source, *args, store="store"):
+    code = run("--input", source, "--store", tmp_path / store, "--json", tmp_path / "report.json", *args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"prepared", "quarantined"}
+    for entry in report["prepared"]:
+        assert set(entry) == {"file", "id", "shape_zyx", "spacing_zyx_mm", "sha256"}
+    for entry in report["quarantined"]:
+        assert set(entry) == {"file", "reason"} and entry["reason"]
+    return code, report
+
+
+def ids(report):
+    return [entry["id"] for entry in report["prepared"]]
+
+
+def reasons(report):
+    """{file name: name of the reason}"""
+    return {os.path.basename(e["file"]): e["reason"].split(":")[0] for e in report["quarantined"]}
+
+
+# ---------------------------------------------------------------- frames
+
+
+def landmark_volume(shape=(60, 56, 50)):
+    """A CT-like volume on 1.5 mm LPS voxels (x, y, z) with a bright ball left, in front and high."""
+    hu = ct_like(shape)
+    x, y, z = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    point_xyz_vox = np.array([40, 18, 36])
+    distance = np.sqrt((x - 40) ** 2 + (y - 18) ** 2 + (z - 36) ** 2)
+    hu = np.where(distance < 9, 200 + 900 * np.exp(-((distance / 3) ** 2)), hu).astype(np.int16)
+    affine_lps = np.diag([1.5, 1.5, 1.5, 1.0])
+    affine_lps[:3, 3] = -40, -30, 7
+    return nib.Nifti1Image(hu, np.diag([-1.0, -1, 1, 1]) @ affine_lps), point_xyz_vox
+
+
+def brightest(volume):
+    """Centre of the ball (z, y, x), to a fraction of a voxel."""
+    weights = np.where(volume > 780, volume, 0).astype(float)
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in volume.shape], indexing="ij"))
+    return (grid * weights).sum((1, 2, 3)) / weights.sum()
+
+
+def test_the_same_point_in_four_orientations_and_spacings(tmp_path):
+    lps, point_xyz_vox = landmark_volume()
+    world = (lps.affine @ [*point_xyz_vox, 1])[:3] * [-1, -1, 1]
+    cases = {}
+    for codes, step in [("RAS", 1), ("LPI", 1), ("PSR", 1), ("ASL", 1), ("LAS", (1, 1, 2)), ("SPL", 2)]:
+        ornt = nib.orientations.ornt_transform(
+            nib.io_orientation(lps.affine), nib.orientations.axcodes2ornt(tuple(codes))
+        )
+        image = lps.as_reoriented(ornt)
+        # Thinned out: other spacings, the same world.
+        step = (step,) * 3 if isinstance(step, int) else step
+        scale = np.diag([*step, 1.0])
+        thinned = np.asarray(image.dataobj)[:: step[0], :: step[1], :: step[2]]
+        path = write_nifti(tmp_path / "in" / f"{codes}{step[2]}.nii.gz", thinned, image.affine @ scale)
+        cases[sources.slug(path.name.removesuffix(".nii.gz"))] = (path, np.linalg.inv(image.affine @ scale))
+    code, report = report_of(tmp_path, tmp_path / "in")
+    store = Store.open(tmp_path / "store")
+    # The first four are the same scan turned: one is kept, three are duplicates of it by content.
+    assert code == 0 and reasons(report) == {f"{c}1.nii.gz": "duplicate" for c in ("LPI", "PSR", "RAS")}
+    assert sorted(ids(report)) == ["ASL1", "LAS2", "SPL2"]
+    for id in ids(report):
+        point = brightest(store.read_volume(id))
+        spacing = np.linalg.norm(np.linalg.inv(cases[id][1])[:3, :3], axis=0)
+        np.testing.assert_allclose(store.to_world(id, point[None])[0], world, atol=0.5 * max(2.0, *spacing))
+        ijk = store.to_original_ijk(id, store.from_world(id, world[None]))[0]
+        np.testing.assert_allclose(ijk, (cases[id][1] @ [*(world * [-1, -1, 1]), 1])[:3], atol=1e-4)
+        assert np.abs(store.to_original_ijk(id, point[None])[0] - ijk).max() < 0.5
+    # Left, front and top, as the file says.
+    shape = np.array(store.scan("ASL1").shape_zyx)
+    relative = brightest(store.read_volume("ASL1")) / (shape - 1)
+    assert relative[0] > 0.6 and relative[1] < 0.4 and relative[2] > 0.6
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "PSR", "ASL"])
+def test_each_orientation_alone_gives_the_same_stored_volume(tmp_path, codes):
+    lps, _ = landmark_volume()
+    ornt = nib.orientations.ornt_transform(nib.io_orientation(lps.affine), nib.orientations.axcodes2ornt(tuple(codes)))
+    nib.save(lps.as_reoriented(ornt), tmp_path / "a.nii.gz")
+    nib.save(lps, tmp_path / "b.nii")
+    (scan, volume, body), (wanted, same, body_too) = (prepare_scan(tmp_path / name) for name in ("a.nii.gz", "b.nii"))
+    np.testing.assert_array_equal(volume, same)
+    np.testing.assert_array_equal(body, body_too)
+    np.testing.assert_allclose(scan.affine_lps, wanted.affine_lps, atol=1e-5)
+    assert scan.sha256 == wanted.sha256 and scan.original["axcodes"] == codes
+
+
+def test_all_formats_give_the_same_scan(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", ct_like())
+    for name in ("a.mha", "a.mhd", "a.nrrd"):
+        sitk.WriteImage(itk_image(), str(tmp_path / name))
+    slices = write_dicom(tmp_path / "series", itk_image())
+    scans = [prepare_scan(tmp_path / name)[0] for name in ("a.nii.gz", "a.mha", "a.mhd", "a.nrrd")]
+    scans.append(prepare_scan(tmp_path / "series", series=slices)[0])
+    assert len({scan.sha256 for scan in scans}) == 1
+    other = prepare_scan(write_nifti(tmp_path / "b.nii.gz", ct_like(), AFFINE + np.diag([0, 0, 0.5, 0])))[0]
+    assert other.sha256 != scans[0].sha256  # the same voxels in another place are another scan
+
+
+def test_spacing_and_sizes(tmp_path):
+    write_nifti(tmp_path / "thick.nii.gz", ct_like((40, 40, 12)), np.diag([1, 1, 8.0, 1]))
+    code, report = report_of(tmp_path, tmp_path / "thick.nii.gz", "--spacing", "3")
+    assert code == 1 and reasons(report) == {"thick.nii.gz": "too small"}
+    code, report = report_of(tmp_path, tmp_path / "thick.nii.gz", store="two")
+    assert code == 0 and report["prepared"][0]["shape_zyx"] == [48, 20, 20]
+    assert report["prepared"][0]["spacing_zyx_mm"] == [2.0, 2.0, 2.0]
+
+
+# ---------------------------------------------------------------- what is searched
+
+
+def test_folders_ids_and_patients(tmp_path, capsys):
+    data = tmp_path / "my data v1.2" / "ünï 患者"
+    cases = {
+        "case.one/ct.nii.gz": "case_one",
+        "case.two/CT.NII": "case_two",
+        "deep/er/scan one.nii.gz": "deep-er-scan_one",
+        "deep/er/scan.one.nii.gz": "deep-er-scan_one-",  # the same letters: told apart by a hash
+        "a.mha": "a",
+    }
+    for seed, name in enumerate(cases):
+        path = data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".mha"):
+            sitk.WriteImage(itk_image(ct_like(seed=seed)), str(path))
+        elif name.endswith("NII"):
+            nib.Nifti1Image(ct_like(seed=seed), AFFINE).to_filename(path.with_suffix(".nii"))
+            path.with_suffix(".nii").rename(path)
+        else:
+            write_nifti(path, ct_like(seed=seed))
+    write_nifti(data / "case.one" / "late.nii.gz", ct_like(seed=9))
+    write_nifti(data / "case.one" / "labels.nii.gz", (ct_like() > 0).astype(np.uint8))
+    write_dicom(data / "患者 7", itk_image(ct_like(seed=7)))
+    (data / "notes.txt").write_text("hello")
+    (data / "more.zip").write_bytes(b"PK")
+    os.symlink(data / "nowhere", data / "gone.nii.gz")
+    os.symlink(data, data / "deep" / "loop")
+    code, report = report_of(tmp_path, data)
+    found = {os.path.relpath(entry["file"], data): entry["id"] for entry in report["prepared"]}
+    assert code == 0 and found.keys() == {*cases, "case.one/late.nii.gz", "患者 7"}
+    for name, id in cases.items():
+        assert found[name] == id or (id.endswith("-") and found[name].startswith(id))
+    assert len(set(found.values())) == len(found) and all(id.isascii() for id in found.values())
+    assert reasons(report) == {"labels.nii.gz": "not a CT intensity range", "gone.nii.gz": "missing"}
+    store = Store.open(tmp_path / "store")
+    assert store.scan("case_one-late").patient == store.scan("case_one").patient == "case_one"
+    assert store.scan(found["患者 7"]).patient.startswith("dicom-")
+    printed = capsys.readouterr().out
+    assert ".txt 1, .zip 1" in printed and "orientation of the files" in printed and "such scans need" in printed
+
+
+def test_a_list_of_paths(tmp_path):
+    write_nifti(tmp_path / "a b.nii.gz", ct_like())
+    write_nifti(tmp_path / "sub" / "c.nii.gz", ct_like(seed=1))
+    listing = tmp_path / "lists" / "train.txt"
+    listing.parent.mkdir()
+    listing.write_text(f"# a comment\n../a b.nii.gz\n\n{tmp_path}/sub\n../gone.nii.gz\n../lists/train.txt\n")
+    code, report = report_of(tmp_path, listing)
+    assert code == 0 and ids(report) == ["a_b", "c"]
+    assert reasons(report) == {"gone.nii.gz": "missing", "train.txt": "unreadable"}
+
+
+def test_one_file(tmp_path):
+    write_nifti(tmp_path / "patient 5" / "ct.nii.gz", ct_like())
+    assert ids(report_of(tmp_path, tmp_path / "patient 5" / "ct.nii.gz")[1]) == ["patient_5"]
+
+
+def test_decathlon_and_nnunet_take_images_and_not_labels(tmp_path):
+    data = tmp_path / "Task03"
+    for seed, name in enumerate(["imagesTr/liver_0", "imagesTr/liver_1_0000", "imagesTs/liver_2", "imagesTr/extra"]):
+        write_nifti(data / f"{name}.nii.gz", ct_like(seed=seed))
+    write_nifti(data / "labelsTr" / "liver_0.nii.gz", ct_like(seed=8))
+    write_nifti(data / "other.nii.gz", ct_like(seed=9))
+    dataset = {
+        "training": [
+            {"image": "./imagesTr/liver_0.nii.gz", "label": "./labelsTr/liver_0.nii.gz"},
+            {"image": "./imagesTr/liver_1.nii.gz", "label": "./labelsTr/liver_1.nii.gz"},  # stored with its channel
+            {"image": "./imagesTr/gone.nii.gz"},
+            {"image": "../../../etc/passwd"},
+            {"image": "/etc/passwd"},
+            {"image": "./imagesTr/../../other.nii.gz"},
+            {"image": "nul\0byte.nii.gz"},
+            {"image": 7},
+            "text",
+        ],
+        "test": ["./imagesTs/liver_2.nii.gz"],
+    }
+    (data / "dataset.json").write_text(json.dumps(dataset))
+    for source, store in ((data, "store"), (data / "dataset.json", "store2"), (tmp_path, "store3")):
+        code, report = report_of(tmp_path, source, store=store)
+        assert code == 0 and sorted(ids(report)) == ["extra", "liver_0", "liver_1", "liver_2"]
+        names = [entry["reason"].split(":")[0] for entry in report["quarantined"]]
+        assert sorted(names) == ["missing"] * 4 + ["outside the data set"] * 3
+
+
+def test_nnunet_2_lists_nothing(tmp_path):
+    write_nifti(tmp_path / "d" / "imagesTr" / "case_007_0000.nii.gz", ct_like())
+    write_nifti(tmp_path / "d" / "labelsTr" / "case_007.nii.gz", ct_like(seed=3))
+    dataset = {"channel_names": {"0": "CT"}, "labels": {}, "numTraining": 1, "file_ending": ".nii.gz"}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
+    assert ids(report_of(tmp_path, tmp_path / "d")[1]) == ["case_007"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"training": 5}', '{"name": "x"}', "[" * 99999])
+def test_a_strange_dataset_json_does_not_stop_the_search(tmp_path, text):
+    write_nifti(tmp_path / "d" / "imagesTr" / "a.nii.gz", ct_like())
+    (tmp_path / "d" / "dataset.json").write_text(text)
+    code, report = report_of(tmp_path, tmp_path / "d")
+    assert code == 0 and ids(report) in (["a"], ["imagesTr-a"])
+
+
+# ---------------------------------------------------------------- outcomes
+
+
+def test_duplicates_by_content(tmp_path):
+    write_nifti(tmp_path / "in" / "a.nii.gz", ct_like())
+    write_nifti(tmp_path / "in" / "b.nii", ct_like().astype(np.float32))
+    code, report = report_of(tmp_path, tmp_path / "in")
+    assert code == 0 and ids(report) == ["a"] and reasons(report) == {"b.nii": "duplicate"}
+    assert "scan a" in report["quarantined"][0]["reason"]
+    assert Store.open(tmp_path / "store").ids() == ["a"]
+    again = report_of(tmp_path, tmp_path / "in")
+    assert again == (code, report)
+    assert report_of(tmp_path, tmp_path / "in", "--strict")[0] == 1
+
+
+def test_exit_codes(tmp_path):
+    (tmp_path / "in").mkdir()
+    assert report_of(tmp_path, tmp_path / "in")[0] == 1  # nothing there
+    (tmp_path / "in" / "a.nii.gz").write_bytes(b"")
+    assert report_of(tmp_path, tmp_path / "in")[0] == 1
+    write_nifti(tmp_path / "in" / "b.nii.gz", ct_like())
+    assert report_of(tmp_path, tmp_path / "in")[0] == 0
+    assert report_of(tmp_path, tmp_path / "in", "--strict")[0] == 1
+
+
+def test_running_again_continues_and_takes_up_changes(tmp_path, monkeypatch):
+    for seed, name in enumerate("abc"):
+        write_nifti(tmp_path / "in" / f"{name}.nii.gz", ct_like(seed=seed))
+    real, read = command.prepare_source, []
+    from alice_jax.data import readers
+
+    actual = readers.read
+    monkeypatch.setattr(readers, "read", lambda path, series=(): (read.append(os.path.basename(path)), actual(path))[1])
+
+    def interrupted(store, jobs, known, workers):
+        for index, job in enumerate(jobs[:2]):
+            yield index, real(store, job, known)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            report_of(tmp_path, tmp_path / "in")
+    assert Store.open(tmp_path / "store").ids() == ["a", "b"]
+    read.clear()
+    code, report = report_of(tmp_path, tmp_path / "in")
+    assert code == 0 and ids(report) == ["a", "b", "c"] and read == ["c.nii.gz"]
+    before = report["prepared"][1]["sha256"]
+    write_nifti(tmp_path / "in" / "b.nii.gz", ct_like(seed=9))
+    read.clear()
+    code, report = report_of(tmp_path, tmp_path / "in")
+    assert read == ["b.nii.gz"] and ids(report) == ["a", "b", "c"] and report["prepared"][1]["sha256"] != before
+    # A scan whose data vanished from the store, and a folder that moved.
+    shutil.rmtree(tmp_path / "store" / "scans" / "c" / "volume" / "c")
+    (tmp_path / "in").rename(tmp_path / "moved")
+    code, report = report_of(tmp_path, tmp_path / "moved")
+    assert code == 0 and ids(report) == ["a", "b", "c"] and not report["quarantined"]
+    assert Store.open(tmp_path / "store").ids() == ["a", "b", "c"]
+    assert Store.open(tmp_path / "store").read_volume("c").any()
+
+
+def test_two_inputs_into_one_store(tmp_path):
+    write_nifti(tmp_path / "one" / "a.nii.gz", ct_like(seed=1))
+    write_nifti(tmp_path / "two" / "a.nii.gz", ct_like(seed=2))
+    write_nifti(tmp_path / "two" / "copy.nii.gz", ct_like(seed=1))
+    first = report_of(tmp_path, tmp_path / "one")[1]
+    second = report_of(tmp_path, tmp_path / "two")[1]
+    assert ids(first) == ["a"] and ids(second)[0].startswith("a-") and reasons(second) == {"copy.nii.gz": "duplicate"}
+    assert len(Store.open(tmp_path / "store").ids()) == 2
+    assert report_of(tmp_path, tmp_path / "two")[1] == second
+
+
+def test_several_series_in_a_folder(tmp_path):
+    write_dicom(tmp_path / "in" / "p", itk_image(), uid="1.1")
+    for k, path in enumerate(write_dicom(tmp_path / "t", itk_image(ct_like(seed=1)), uid="1.2", **{"0008_0060": "MR"})):
+        os.rename(path, tmp_path / "in" / "p" / f"mr{k}.dcm")
+    for k, path in enumerate(write_dicom(tmp_path / "t", itk_image(ct_like(seed=2)), uid="1.3")):
+        os.rename(path, tmp_path / "in" / "p" / f"late{k}")  # no ending: recognised by its content
+    code, report = report_of(tmp_path, tmp_path / "in")
+    assert code == 0 and [e["file"].split("#")[1] for e in report["prepared"]] == ["1.1", "1.3"]
+    assert reasons(report) == {"p#1.2": "not a CT intensity range"}
+    assert report_of(tmp_path, tmp_path / "in") == (code, report)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--input", "nowhere"], "--input nowhere: there is no such"),
+        (["--input", "in", "--spacing", "0"], "--spacing 0: give millimetres"),
+        (["--input", "in", "--spacing", "nan"], "--spacing nan: give millimetres"),
+        (["--input", "in", "--spacing", "two"], "invalid float value: 'two'; see --help"),
+        (["--input", "in", "--workers", "0"], "--workers 0: give at least 1"),
+        (["--input", "in", "--json", "no/where.json"], "--json no/where.json: its folder does not exist"),
+        (["--input", "in", "--store", "file"], "file: is a file; name a folder"),
+        (["--input", "in", "--store", "in"], "holds other files and no store"),
+        (["--input", "noise"], "neither a scan of a known format nor a text file"),
+        (["--input", "in", "--strange"], "unrecognized arguments: --strange"),
+        ([], "the following arguments are required: --input"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    write_nifti(tmp_path / "in" / "a.nii.gz", ct_like())
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "noise").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError) as caught:
+        run(*args, *([] if "--store" in args else ["--store", "store"]))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_spacing_needs_another_store(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", ct_like())
+    assert report_of(tmp_path, tmp_path / "a.nii.gz")[0] == 0
+    with pytest.raises(UserError, match="spacing_zyx_mm"):
+        run("--input", tmp_path / "a.nii.gz", "--store", tmp_path / "store", "--spacing", "3")
+
+
+# ---------------------------------------------------------------- processes
+
+COMMAND = [sys.executable, "-m", "alice_jax.prepare"]
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_as_a_user_with_workers_that_crash(tmp_path, monkeypatch, processes):
+    """One line for a mistake; and a file that kills its reader is named while the others are prepared."""
+    for seed in range(4):
+        write_nifti(tmp_path / "in" / f"{seed}.nii.gz", ct_like(seed=seed))
+    wrong = subprocess.run([*COMMAND, "--input", "x", "--store", "y"], cwd=tmp_path, capture_output=True, encoding="utf-8",
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == "error: --input x: there is no such file or folder\n"
+    jobs = [Source(str(tmp_path / "in" / f"{seed}.nii.gz"), id=f"s{seed}") for seed in range(4)]
+    jobs.insert(1, Source("killer", id="killer", files=("killer",)))
+    store = Store.create(tmp_path / "store", (2, 2, 2))
+    monkeypatch.setattr(command, "_work", _work_or_die)
+    outcomes = command.prepare(store, jobs, workers=2)
+    assert [outcome.id for outcome in outcomes] == ["s0", None, "s1", "s2", "s3"]
+    assert outcomes[1].reason.name == "reader crashed"
+
+
+def _work_or_die(source):
+    if source.id == "killer":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare_source(command._worker[0], source, command._worker[1])
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopping_it_leaves_a_store_that_continues(tmp_path, how, code, processes):
+    for seed in range(8):
+        write_nifti(tmp_path / "in" / f"{seed}.nii.gz", ct_like((130, 130, 90), seed=seed))
+    args = [*COMMAND, "--input", str(tmp_path / "in"), "--store", str(tmp_path / "store"), "--workers", "2"]
+    running = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    deadline = time.time() + 60
+    while time.time() < deadline and not list(tmp_path.glob("store/scans/*/scan.json")):
+        time.sleep(0.05)
+    children = pathlib.Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    running.send_signal(how)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == code and (how == signal.SIGKILL or "the same command continues" in errors)
+    assert "Traceback" not in errors
+    deadline = time.time() + 10
+    while time.time() < deadline and any(os.path.exists(f"/proc/{child}/cwd") for child in children):
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{child}/exe") for child in children)  # no orphans
+    store = Store.open(tmp_path / "store")
+    done = store.ids()
+    assert done
+    for id in done:
+        assert store.read_volume(id).shape == store.scan(id).shape_zyx
+    finished = subprocess.run(args, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert finished.returncode == 0 and "8 prepared" in finished.stdout
+    kept = int(finished.stdout.split("8 prepared (")[1].split()[0])
+    assert kept >= len(done)
