@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
 from alice_jax import prepare as command
 from alice_jax.data import sources
@@ -20,7 +21,6 @@ from alice_jax.data.preparing import prepare_scan, prepare_source
 from alice_jax.data.sources import Source
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
 
 @pytest.fixture
@@ -387,8 +387,9 @@ def test_as_a_user_with_workers_that_crash(tmp_path, monkeypatch, processes):
     """One line for a mistake; and a file that kills its reader is named while the others are prepared."""
     for seed in range(4):
         write_nifti(tmp_path / "in" / f"{seed}.nii.gz", ct_like(seed=seed))
-    wrong = subprocess.run([*COMMAND, "--input", "x", "--store", "y"], cwd=tmp_path, capture_output=True, encoding="utf-8",
-                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    args = [*COMMAND, "--input", "x", "--store", "y"]
+    wrong = subprocess.run(args, cwd=tmp_path, capture_output=True, encoding="utf-8", env=paths)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "error: --input x: there is no such file or folder\n"
     jobs = [Source(str(tmp_path / "in" / f"{seed}.nii.gz"), id=f"s{seed}") for seed in range(4)]
