@@ -18,6 +18,7 @@ from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 from alice_jax import prepare as command
 from alice_jax.data import sources
 from alice_jax.data.preparing import prepare_scan, prepare_source
+from alice_jax.data.rejection import REMEDIES
 from alice_jax.data.sources import Source
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -140,9 +141,9 @@ def test_all_formats_give_the_same_scan(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", ct_like())
     for name in ("a.mha", "a.mhd", "a.nrrd"):
         sitk.WriteImage(itk_image(), str(tmp_path / name))
-    slices = write_dicom(tmp_path / "series", itk_image())
+    write_dicom(tmp_path / "series", itk_image())
     scans = [prepare_scan(tmp_path / name)[0] for name in ("a.nii.gz", "a.mha", "a.mhd", "a.nrrd")]
-    scans.append(prepare_scan(tmp_path / "series", series=slices)[0])
+    scans.append(prepare_scan(tmp_path / "series")[0])
     assert len({scan.sha256 for scan in scans}) == 1
     other = prepare_scan(write_nifti(tmp_path / "b.nii.gz", ct_like(), AFFINE + np.diag([0, 0, 0.5, 0])))[0]
     assert other.sha256 != scans[0].sha256  # the same voxels in another place are another scan
@@ -186,6 +187,8 @@ def test_folders_ids_and_patients(tmp_path, capsys):
     (data / "more.zip").write_bytes(b"PK")
     os.symlink(data / "nowhere", data / "gone.nii.gz")
     os.symlink(data, data / "deep" / "loop")
+    os.mkfifo(data / "pipe")
+    os.mkfifo(data / "pipe.nii.gz")
     code, report = report_of(tmp_path, data)
     found = {os.path.relpath(entry["file"], data): entry["id"] for entry in report["prepared"]}
     assert code == 0 and found.keys() == {*cases, "case.one/late.nii.gz", "患者 7"}
@@ -197,7 +200,11 @@ def test_folders_ids_and_patients(tmp_path, capsys):
     assert store.scan("case_one-late").patient == store.scan("case_one").patient == "case_one"
     assert store.scan(found["患者 7"]).patient.startswith("dicom-")
     printed = capsys.readouterr().out
-    assert ".txt 1, .zip 1" in printed and "orientation of the files" in printed and "such scans need" in printed
+    assert (
+        ".txt 1, .zip 1, devices and pipes 2" in printed
+        and "orientation of the files" in printed
+        and "such scans need" in printed
+    )
 
 
 def test_a_list_of_paths(tmp_path):
@@ -368,6 +375,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, args, message):
     with pytest.raises(UserError) as caught:
         run(*args, *([] if "--store" in args else ["--store", "store"]))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_guide_explains_every_reason():
+    guide = (ROOT / "docs" / "prepare.md").read_text()
+    for name in REMEDIES:
+        assert f"| {name} |" in guide
 
 
 def test_another_spacing_needs_another_store(tmp_path):

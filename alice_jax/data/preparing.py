@@ -35,12 +35,17 @@ class Outcome:
 def prepare_scan(
     path: str | os.PathLike, spacing_mm: float = 2.0, series: Sequence[str] = ()
 ) -> tuple[Scan, np.ndarray, np.ndarray]:
-    """Reads one file (or the DICOM files `series`) and makes what `Store.write_scan` takes.
+    """Reads one file, or the only DICOM series of a folder (or the files `series`), for `Store.write_scan`.
 
     Returns the scan, its int16 HU (z, y, x) and its body mask at half the resolution; raises `Rejected`.
 
     >>> scan, volume, body = prepare_scan("patient_7/ct.nii.gz")  # doctest: +SKIP
     """
+    if os.path.isdir(path) and not series:
+        found, _ = readers.dicom_series(sorted(str(file) for file in Path(path).iterdir() if file.is_file()))
+        if len(found) != 1:
+            raise Rejected("not a volume", f"a folder with {len(found)} DICOM series; name one file or one series")
+        series = next(iter(found.values()))
     return _finish(_place(readers.read(path, series), spacing_mm), str(path), spacing_mm)
 
 

@@ -51,6 +51,8 @@ def read(path: str | os.PathLike, series: Sequence[str] = ()) -> Image:
         name = path.name.lower()
         if not path.exists():
             raise Rejected("missing", "there is no such file")
+        if not path.is_file():
+            raise Rejected("unreadable", "not a regular file")
         if path.stat().st_size == 0:
             raise Rejected("unreadable", "the file is empty")
         if name.endswith(NIFTI_ENDINGS):

@@ -51,7 +51,7 @@ def find(path: str | os.PathLike, skip: str = "") -> Found:
         _search(path, path, found, skip, set())
     elif path.name == "dataset.json":
         _search(path.parent, path.parent, found, skip, set())
-    elif _ending(path.name) or _is_dicom(path):
+    elif _ending(path.name) or not path.is_file() or _is_dicom(path):
         _add_named(path, found, skip)
     else:
         for entry in _list_entries(path):
@@ -104,8 +104,10 @@ def _search(folder: Path, root: Path, found: Found, skip: str, visited: set[str]
             folders.append(path)
         elif not path.exists():
             found.sources.append(Source(str(path), problem=Rejected("missing", _dangling(path))))
-        elif _ending(name):
+        elif path.is_file() and _ending(name):
             found.sources.append(_source(path, root, slug(_relative(folder, root)) if generic else ""))
+        elif not path.is_file():  # a pipe would be waited for
+            found.ignored["devices and pipes"] += 1
         elif name.endswith(COMPANIONS) and _header_of(path, names):
             continue
         elif name != "DICOMDIR" and _is_dicom(path):
@@ -127,9 +129,9 @@ def _add_named(path: Path, found: Found, skip: str) -> None:
             found.sources.append(Source(str(path), problem=Rejected("unreadable", "no scan in this folder")))
     elif not path.exists():
         found.sources.append(Source(str(path), problem=Rejected("missing", _dangling(path))))
-    elif _ending(path.name):
+    elif path.is_file() and _ending(path.name):
         found.sources.append(_source(path, path.parent, ""))
-    elif _is_dicom(path):
+    elif path.is_file() and _is_dicom(path):
         found.sources.append(Source(str(path), id=slug(path.stem), files=(str(path),)))
     else:
         problem = Rejected("unreadable", "not a known format (NIfTI, NRRD, MetaImage, DICOM)")

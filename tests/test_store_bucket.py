@@ -1,0 +1,121 @@
+"""A store in a bucket, against a small stand-in for Google's server that counts what is read."""
+
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+
+WRITE = """
+store = Store.create("gs://a-bucket/some/store", (2, 2, 2))
+store.write_scan(make_scan("c", volume.shape), volume, foreground)
+store.write_json("side.json", {"a": 1})
+"""
+READ = """
+import pickle
+store = pickle.loads(pickle.dumps(Store.open("gs://a-bucket/some/store")))
+assert store.ids() == ["c"] and store.has_array("c", "volume") and store.read_json("side.json") == {"a": 1}
+assert (store.read_crop("c", (40, 50, 60), (16, 14, 4)) == volume[40:56, 50:64, 60:64]).all()
+"""
+REPLACE = """
+store = Store.open("gs://a-bucket/some/store")
+store.write_scan(make_scan("c", volume.shape), volume + np.int16(1), foreground)
+assert (store.read_volume("c") == volume + 1).all()
+store.delete_scan("c")
+assert store.ids() == []
+"""
+COMMON = """
+import numpy as np
+from alice_jax.data.store import Store
+from test_store import make_scan, make_volume
+volume, foreground = make_volume((130, 140, 150))
+"""
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """Objects in a dictionary; the four calls that the store needs."""
+
+    protocol_version = "HTTP/1.1"
+    objects: dict[str, bytes] = {}  # noqa: RUF012 - shared on purpose
+    read_bytes = 0
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in {"x-goog-generation": "1", "Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def parse(self):
+        url = urllib.parse.urlparse(self.path)
+        return urllib.parse.unquote(url.path.split("/o", 1)[1][1:]), urllib.parse.parse_qs(url.query)
+
+    def do_GET(self):
+        key, query = self.parse()
+        if not key:
+            prefix = query.get("prefix", [""])[0]
+            low, high = query.get("startOffset", [""])[0], query.get("endOffset", ["~"])[0]
+            found = [k for k in sorted(self.objects) if k.startswith(prefix) and low <= k < high]
+            items = [{"name": k, "generation": "1", "size": str(len(self.objects[k]))} for k in found]
+            return self.reply(200, json.dumps({"items": items}).encode())
+        if key not in self.objects:
+            return self.reply(404)
+        data = self.objects[key]
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=")
+        first, last = asked.split("-")
+        start = int(first) if first else len(data) - int(last)
+        stop = int(last) + 1 if first and last else len(data)
+        part = data[start:stop]
+        if "/volume/c/" in key:
+            Bucket.read_bytes += len(part)
+        span = {"Content_Range": f"bytes {start}-{stop - 1}/{len(data)}"} if "Range" in self.headers else {}
+        return self.reply(206 if span else 200, part, **span)
+
+    def do_POST(self):
+        _, query = self.parse()
+        self.objects[query["name"][0]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(200, json.dumps({"generation": "1", "name": query["name"][0]}).encode())
+
+    def do_DELETE(self):
+        self.reply(204 if self.objects.pop(self.parse()[0], None) is not None else 404)
+
+
+@pytest.fixture
+def bucket_url():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_store_in_a_bucket(bucket_url):
+    def run(code):
+        paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": bucket_url, "PYTHONPATH": paths}
+        args = [sys.executable, "-c", COMMON + code]
+        done = subprocess.run(args, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    run(WRITE)
+    assert {key.split("some/store/")[1] for key in Bucket.objects} == {
+        "manifest.json",
+        "side.json",
+        "scans/c/scan.json",
+        *(f"scans/c/{name}/{file}" for name in ("volume", "foreground") for file in ("zarr.json", "c/0/0/0")),
+    }
+    whole = next(len(data) for key, data in Bucket.objects.items() if key.endswith("volume/c/0/0/0"))
+    Bucket.read_bytes = 0
+    run(READ)
+    assert 0 < Bucket.read_bytes < whole / 50  # one chunk of 125 and the index
+    run(REPLACE)
+    assert not any("/scans/" in key for key in Bucket.objects)
