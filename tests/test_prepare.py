@@ -378,7 +378,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, args, message):
 
 
 def test_the_guide_explains_every_reason():
-    guide = (ROOT / "docs" / "prepare.md").read_text()
+    guide = (ROOT / "docs" / "prepare.md").read_text(encoding="utf-8")
     for name in REMEDIES:
         assert f"| {name} |" in guide
 
