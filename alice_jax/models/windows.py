@@ -112,6 +112,23 @@ def position_bias(table: jax.Array, window: int, kind: str) -> jax.Array:
     return bias.transpose(6, 0, 2, 4, 1, 3, 5).reshape(heads, window**3, window**3)
 
 
+@jax.custom_vjp
+def add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
+    """logits (b, n, k, t, t) + bias (k, t, t), with the bias's gradient as a matmul with ones.
+
+    XLA's own sum over the windows takes a CPU as long as the rest of attention's gradient.
+    """
+    return logits + bias
+
+
+def _add_bias_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    ones = jnp.ones(gradient.shape[:2], gradient.dtype)
+    return gradient, jnp.einsum("bn,bnkqp->kqp", ones, gradient, precision="highest")
+
+
+add_bias.defvjp(lambda logits, bias: (logits + bias, None), _add_bias_gradient)
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention among the tokens of each window.
 
@@ -146,7 +163,7 @@ class WindowAttention(nn.Module):
             query = split(x.astype(self.dtype), 1)[0]
             key, value = split(Linear(2 * c, start=self.start, dtype=self.dtype, name="kv")(context), 2)
         logits = jnp.einsum("...qe,...pe->...qp", query * size**-0.5, key, preferred_element_type=jnp.float32)
-        logits = logits + position_bias(table, window, self.position_index)
+        logits = add_bias(logits, position_bias(table, window, self.position_index))
         if separate is not None:
             logits = logits + jnp.where(separate, SEPARATE, 0.0)[:, None]
         # softmax, with the division after the product with the values: a window has many more pairs than channels
