@@ -98,8 +98,8 @@ def inflate_imagenet(state: Mapping[str, np.ndarray], variables: Mapping[str, An
             value = np.repeat(value[:, :, None], want[2], axis=2) / want[2]
         if value.shape != want:
             raise UserError(
-                f"model.base_channels: {name} has shape {want}, the ImageNet file's {flat} gives {value.shape}; "
-                "inflation needs base_channels=64 and the published kernels"
+                f"model.channels: {name} has shape {want}, the ImageNet file's {flat} gives {value.shape}; "
+                "inflation needs the published channels and kernels"
             )
         target[name] = value
     return from_torch(target)

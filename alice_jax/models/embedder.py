@@ -118,53 +118,57 @@ class BasicBlock(nn.Module):
 
 
 class Embedder(nn.Module):
-    """The published network by default; smaller ones by `base_channels`, `features` and strides.
+    """The published network by default; smaller ones by fewer channels and blocks and by other strides.
 
     Attributes:
-      base_channels: width of the stem and of stage one; each further stage doubles it.
+      channels: of the four stages; the stem has those of stage one.
       features: length of both embeddings.
+      blocks: in each stage.
       stem_kernel_zyx: of the first convolution (stride 1, no pooling).
-      stage_strides_zyx, stage_kernels_zyx: of the four stages (kernels of both convolutions of both blocks).
+      stage_strides_zyx, stage_kernels_zyx: of the four stages (kernels of both convolutions of all their blocks).
       depth_pool: max-pool along z after stage one (1: none).
+      fine_kernel_zyx: of the last convolution of the fine head.
       dtype: of the computation; parameters, batch statistics and outputs stay fp32.
 
     Example:
-      model = Embedder(base_channels=8, features=16)
+      model = Embedder(channels=(8, 16, 32, 64), features=16)
       variables = model.init(key, jnp.zeros((1, 16, 64, 64, 1)))  # {"params": …, "batch_stats": …}
       fine, coarse = model.apply(variables, volume)  # (1, 8, 32, 32, 16), (1, 4, 4, 4, 16)
     """
 
-    base_channels: int = 64
+    channels: tuple[int, ...] = (64, 128, 256, 512)
     features: int = 128
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
     stem_kernel_zyx: Triple = (3, 7, 7)
     stage_strides_zyx: tuple[Triple, ...] = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
     stage_kernels_zyx: tuple[Triple, ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
     depth_pool: int = 2
+    fine_kernel_zyx: Triple = (3, 3, 3)
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         kind = dict(dtype=self.dtype)
-        self.stem = ConvNorm(self.base_channels, self.stem_kernel_zyx, **kind)
+        self.stem = ConvNorm(self.channels[0], self.stem_kernel_zyx, **kind)
         for stage in range(4):
-            width, kernel = self.base_channels * 2**stage, self.stage_kernels_zyx[stage]
-            for block in range(2):
+            width, kernel = self.channels[stage], self.stage_kernels_zyx[stage]
+            for block in range(self.blocks[stage]):
                 stride = self.stage_strides_zyx[stage] if block == 0 else (1, 1, 1)
                 setattr(self, f"layer{stage + 1}_block{block}", BasicBlock(width, kernel, stride, **kind))
         for level in range(3):
             setattr(self, f"fine_lateral{level}", Conv(self.features, (1, 1, 1), **kind))
         self.coarse_lateral = Conv(self.features, (1, 1, 1), **kind)
-        self.fine_output = Conv(self.features, (3, 3, 3), **kind)
+        self.fine_output = Conv(self.features, self.fine_kernel_zyx, **kind)
         self.coarse_output = Conv(self.features, (3, 3, 3), **kind)
 
     def stages(self, volume: jax.Array, train: bool = False) -> list[jax.Array]:
-        """Outputs (batch, d, h, w, base_channels·2^stage) of the four stages; volume (batch, depth, height, width, 1).
+        """Outputs (batch, d, h, w, channels[stage]) of the four stages; volume (batch, depth, height, width, 1).
 
         Stage one's is taken after its depth pooling.
         """
         x = nn.relu(self.stem(volume.astype(self.dtype), train))
         outputs = []
         for stage in range(4):
-            for block in range(2):
+            for block in range(self.blocks[stage]):
                 x = getattr(self, f"layer{stage + 1}_block{block}")(x, train)
             if stage == 0 and self.depth_pool > 1:
                 whole = x.shape[1] // self.depth_pool
@@ -204,7 +208,7 @@ def receptive_radius_zyx(model: Embedder) -> Triple:
         extent = np.array(kernel) - 1
         reach = reach + extent * step
         step = step * np.array(stride)
-        reach = reach + 3 * extent * step
+        reach = reach + (2 * model.blocks[stage] - 1) * extent * step
         if stage == 0:
             reach = reach + (np.array((model.depth_pool, 1, 1)) - 1) * step
             step = step * np.array((model.depth_pool, 1, 1))

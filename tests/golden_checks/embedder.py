@@ -37,8 +37,8 @@ def check_network(report) -> None:
     variables = interop.from_torch(state)
     for name, value in interop.to_torch(variables).items():
         report.equal(f"sd/{name}", value)
-    base, features = state["backbone.conv1.conv.weight"].shape[0], state["neck.fpn_convs.0.conv.weight"].shape[0]
-    model = Embedder(base_channels=base, features=features)
+    channels = tuple(state[f"backbone.layer{stage}.0.conv1.conv.weight"].shape[0] for stage in range(1, 5))
+    model = Embedder(channels=channels, features=state["neck.fpn_convs.0.conv.weight"].shape[0])
 
     @jax.jit
     def run(volume):
