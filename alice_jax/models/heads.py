@@ -35,9 +35,8 @@ class Head(nn.Module):
 
     The student has its own prototypes for `cls` and for tokens (`separate_last`); a head without shares one layer.
 
-    >>> head = Head(width=384, prototypes=512)                                      # doctest: +SKIP
-    >>> features = head.apply(params, encoder_tokens, "encoder", method="project")  # (b, n, 384) -> (b, n, 256)
-    >>> logits = head.apply(params, features, "tokens", method="logits")            # (b, n, 256) -> (b, n, 512)
+        features = head.apply(params, encoder_tokens, "encoder", method="project")  # (b, n, 384) -> (b, n, 256)
+        logits = head.apply(params, features, "tokens", method="logits")            # (b, n, 256) -> (b, n, 512)
     """
 
     width: int = 384

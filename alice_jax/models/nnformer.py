@@ -157,8 +157,8 @@ class DecoderStage(nn.Module):
         x = Upsample(self.dtype, name="upsample")(x)
         for j, rate in enumerate(self.drop_paths):
             if j == 0:
-                block = SkipBlock(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
-                x = block(x, skip, train)
+                first = SkipBlock(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
+                x = first(x, skip, train)
             else:
                 block = Block(self.heads, self.window, True, self.mlp_ratio, rate, *settings, name=f"block{j}")
                 x = block(x, train)
@@ -295,7 +295,7 @@ def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
     return [tuple(rates[end - depth : end]) for end, depth in zip(ends, depths, strict=True)]
 
 
-def spread_cells(cells: jax.Array, grid: Triple) -> jax.Array:
+def spread_cells(cells: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     """Repeats each cell over its part of a finer grid: (b, gd, gh, gw) -> (b, d, h, w)."""
     if any(n % g for n, g in zip(grid, cells.shape[1:], strict=True)):
         raise UserError(f"hidden cells {cells.shape[1:]}: each side must divide the grid {grid}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from alice_jax.models.layers import Linear
 
-Grid = tuple[int, int, int]
+Grid = tuple[int, ...]  # depth, height, width
 
 SEPARATE = -100.0  # added to the attention logit of two tokens that only the cyclic shift brought together
 
@@ -35,8 +35,7 @@ def effective_window(grid: Grid, window: int, shifted: bool) -> tuple[int, int]:
 
 def padded_grid(grid: Grid, window: int) -> Grid:
     """The grid grown at the end of each axis to whole windows."""
-    d, h, w = (math.ceil(n / window) * window for n in grid)
-    return d, h, w
+    return tuple(math.ceil(n / window) * window for n in grid)
 
 
 def partition(x: jax.Array, window: int) -> jax.Array:
