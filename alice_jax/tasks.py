@@ -5,20 +5,24 @@ The one place inside the package that reads configuration fields; everything bel
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from alice_jax import schedules
+from alice_jax.data.embedder_views import Distortion, EmbedderSampler
 from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.pipeline import Sampler
 from alice_jax.data.store import Store
 from alice_jax.data.views import PairSampler
 from alice_jax.errors import UserError
-from alice_jax.objectives import Objective, alice
+from alice_jax.interop import embedder as embedder_weights
+from alice_jax.models.embedder import Embedder, strides_zyx
+from alice_jax.objectives import Objective, alice, embedder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,4 +206,90 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
     )
 
 
-TASKS = {"alice": alice_task}
+def embedder_network(model: Mapping[str, Any], dtype: Any) -> Embedder:
+    """The network of an embedder's configuration (`config.model`, from a ConfigDict or a workdir's config.json)."""
+    fixed = {name: _tuples(value) for name, value in model.items() if name != "statistics_momentum"}
+    if any(len(fixed[name]) != 4 for name in ("channels", "blocks", "stage_strides_zyx", "stage_kernels_zyx")):
+        raise UserError("model.channels, blocks, stage_strides_zyx, stage_kernels_zyx: give four values, one per stage")
+    return Embedder(**fixed, dtype=dtype)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
+    """Refuses settings that do not fit the store or the network."""
+    spacing, views = tuple(store.manifest["spacing_zyx_mm"]), config.views
+    if any(abs(s - config.data.spacing_mm) > 1e-3 for s in spacing):
+        raise UserError(
+            f"data.spacing_mm {config.data.spacing_mm}: the store {store.path} has {spacing} mm; prepare the scans "
+            f"again with --spacing {config.data.spacing_mm}, or set data.spacing_mm to train for the store's"
+        )
+    _, coarse = strides_zyx(network)
+    if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
+        raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")
+    for name in ("reduce", "pairs"):
+        if views[name] < 1:
+            raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
+    if not 0 < views.scale[0] <= 1 <= views.scale[1]:
+        raise UserError(f"views.scale {views.scale}: give the smallest and the largest zoom, around 1")
+
+
+def embedder_task(config: ConfigDict, store: Store) -> Task:
+    """The anatomical embedder on views of single scans."""
+    network = embedder_network(config.model.to_dict(), compute_dtype(config.precision))
+    check_embedder(config, store, network)
+    scans, validation_scans = split(store.ids(), config.data.validation_fraction, at_least=1)
+    if not scans:
+        raise UserError(f"data.store {store.path}: holds no scans; prepare some")
+    optimizer, views = config.optimizer, config.views
+    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
+    warmup = schedules.duration(optimizer.warmup, "optimizer.warmup", steps_per_epoch, config.steps)
+
+    def learning_rate(step):
+        return schedules.warmup_cosine(step + 1, optimizer.lr, optimizer.min_lr, config.steps + 1, warmup)
+
+    if optimizer.kind == "sgd":
+        update = optax.sgd(learning_rate, momentum=optimizer.momentum)
+        update = optax.chain(optax.add_decayed_weights(optimizer.weight_decay), update)
+    elif optimizer.kind == "adamw":
+        update = optax.adamw(learning_rate, weight_decay=optimizer.weight_decay)
+    else:
+        raise UserError(f"optimizer.kind {optimizer.kind!r}: choose sgd or adamw")
+    contrasts = {level: embedder.Contrast(**config.loss[level]) for level in ("fine", "coarse", "joint")}
+    if not any(contrast.weight > 0 for contrast in contrasts.values()):
+        raise UserError("loss: every weight is 0; set loss.fine.weight, loss.coarse.weight or loss.joint.weight")
+    distortion = Distortion(**{f.name: views[f.name] for f in dataclasses.fields(Distortion)})
+
+    def sampler(ids: tuple[str, ...]) -> EmbedderSampler:
+        return EmbedderSampler(
+            store=store,
+            scan_ids=ids,
+            shape_zyx=tuple(views.shape_zyx),
+            fine_stride_zyx=strides_zyx(network)[0],
+            reduce=views.reduce,
+            pairs=views.pairs,
+            positive_mm=views.positive_mm,
+            shift=views.shift,
+            distortion=distortion,
+        )
+
+    return Task(
+        objective=embedder.make(
+            network,
+            contrasts,
+            candidates=config.loss.candidates,
+            statistics_momentum=config.model.statistics_momentum,
+            optimizer=update,
+            schedules={"learning_rate": learning_rate},
+            start=embedder_weights.load(config.init_from, network) if config.init_from else None,
+        ),
+        sampler=sampler(scans),
+        scans=scans,
+        validation_sampler=sampler(validation_scans) if validation_scans else None,
+        validation_scans=validation_scans,
+    )
+
+
+TASKS = {"alice": alice_task, "embedder": embedder_task}

@@ -1,6 +1,22 @@
-"""What the embedder sees of a scan."""
+"""One training sample of the embedder: two overlapping, differently distorted views of one scan, and where they agree.
+
+SAM (arXiv 2012.02383, section III-B) rescales two random crops; here they are also rotated a little and bent smoothly,
+as two patients differ. They are never mirrored: left and right must stay apart.
+
+The network's voxels are blocks of `reduce`³ voxels of the store, averaged. A view's voxel u = (z, y, x) shows the
+store position centre + A (u − middle) + bend(u); both ends of a pair are cells of the fine grid that show one place.
+"""
+
+import dataclasses
+from typing import Any
 
 import numpy as np
+from scipy import ndimage
+
+from alice_jax.data.splines import SplineField, random_field
+from alice_jax.data.store import AIR_HU, Store
+
+Triple = tuple[int, int, int]
 
 
 def network_input(volume_hu: np.ndarray) -> np.ndarray:
@@ -11,3 +27,205 @@ def network_input(volume_hu: np.ndarray) -> np.ndarray:
     """
     clipped = np.clip(volume_hu, -1024, 3071).astype(np.float32)
     return (clipped + 1024) / 4095 * 255 - 50
+
+
+def block_mean(volume: np.ndarray, factor: int) -> np.ndarray:
+    """Means over blocks of factor³ voxels, fp32; sides must divide.
+
+    >>> block_mean(np.arange(8).reshape(2, 2, 2), 2).tolist()
+    [[[3.5]]]
+    """
+    if factor == 1:
+        return volume.astype(np.float32)
+    z, y, x = (n // factor for n in volume.shape)
+    return volume.astype(np.float32).reshape(z, factor, y, factor, x, factor).mean(axis=(1, 3, 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class Distortion:
+    """How a view differs from the scan.
+
+    scale: smallest and largest zoom, drawn for each axis around one for all.
+    rotation_degrees, bend_mm, bend_spacing_mm: largest angle about each axis; standard deviation and correlation
+      length of the smooth displacement.
+    contrast, brightness_hu, noise_hu, blur_voxels: largest relative change, shift, standard deviations.
+    """
+
+    scale: tuple[float, float] = (0.8, 1.2)
+    rotation_degrees: float = 0.0
+    bend_mm: float = 0.0
+    bend_spacing_mm: float = 48.0
+    contrast: float = 0.0
+    brightness_hu: float = 0.0
+    noise_hu: float = 20.0
+    blur_voxels: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A drawn map from a view's voxels to the scan, in store voxels (z, y, x)."""
+
+    shape_zyx: Triple
+    centre_zyx_vox: np.ndarray
+    matrix: np.ndarray
+    bend: SplineField | None
+
+    def positions(self, axes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+        """(3, z, y, x) store positions of the grid that the three axes of view coordinates span, fp32."""
+        middle = (np.array(self.shape_zyx) - 1) / 2
+        offsets = [(axis - m).astype(np.float32) for axis, m in zip(axes, middle, strict=True)]
+        grid = np.empty((3, *(len(axis) for axis in axes)), np.float32)
+        for row in range(3):
+            z, y, x = (self.matrix[row, column] * offsets[column] for column in range(3))
+            grid[row] = z[:, None, None] + y[:, None] + (x + self.centre_zyx_vox[row])
+        return grid if self.bend is None else grid + self.bend.on_grid(*axes)
+
+
+def draw_view(
+    rng: np.random.Generator,
+    shape_zyx: Triple,
+    centre_zyx_vox: np.ndarray,
+    voxel_vox: float,
+    spacing_mm: float,
+    distortion: Distortion,
+) -> View:
+    """voxel_vox: store voxels per voxel of the view; spacing_mm: of the store."""
+    low, high = np.log(distortion.scale)
+    zoom = np.exp((rng.uniform(low, high) + rng.uniform(low, high, 3)) / 2)
+    angles = np.deg2rad(distortion.rotation_degrees) * rng.uniform(-1, 1, 3)
+    matrix = _rotation(angles) @ np.diag(voxel_vox / zoom)
+    bend = None
+    if distortion.bend_mm:
+        knots = distortion.bend_spacing_mm / (spacing_mm * voxel_vox)
+        bend = random_field(rng, (-0.5,) * 3, np.array(shape_zyx) - 0.5, knots, components=3)
+        bend.coefficients[...] *= distortion.bend_mm / spacing_mm
+    return View(shape_zyx, np.asarray(centre_zyx_vox, float), matrix, bend)
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+    """Rotation about the z, then y, then x axis."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = [i for i in range(3) if i != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedderSampler:
+    """`sampler(record, rng, batch_rng)` gives two views of the record-th scan.
+
+    Attributes:
+      shape_zyx: of a view in network voxels.
+      fine_stride_zyx: network voxels per fine cell.
+      reduce: store voxels per network voxel and axis.
+      pairs: positives per sample.
+      positive_mm: farthest that the two cells of a positive may lie apart.
+      shift: how far apart the views' centres may lie on each axis, as a share of a view's length.
+    """
+
+    store: Store
+    scan_ids: tuple[str, ...]
+    shape_zyx: Triple
+    fine_stride_zyx: Triple
+    reduce: int
+    pairs: int
+    positive_mm: float
+    shift: float
+    distortion: Distortion
+
+    @property
+    def grid_zyx(self) -> Triple:
+        """The fine grid."""
+        z, y, x = (n // s for n, s in zip(self.shape_zyx, self.fine_stride_zyx, strict=True))
+        return z, y, x
+
+    def __call__(
+        self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator | None = None
+    ) -> dict[str, Any]:
+        """Arrays of one sample.
+
+        "volumes" (2, depth, height, width, 1): network inputs.
+        "positions_mm" (2, z, y, x, 3): where the fine cells lie in the scan.
+        "body" (2, z, y, x) bool: fine cells inside the body.
+        "pairs" (2, pairs): flat fine cells of either view that show the same place.
+        "weights" (pairs,): 1, or 0 for the filling where too few pairs were found.
+        "meta": "scans" (1,) the record, "pairs" how many were found.
+        """
+        id = self.scan_ids[record]
+        spacing_mm = self.store.scan(id).spacing_zyx_mm[0]
+        body = self.store.foreground(id)
+        cells = np.argwhere(body)
+        first = 2.0 * cells[rng.integers(len(cells))] + 0.5
+        extent = self.reduce * np.array(self.shape_zyx)
+        second = first + rng.uniform(-self.shift, self.shift, 3) * extent
+        views = [draw_view(rng, self.shape_zyx, c, self.reduce, spacing_mm, self.distortion) for c in (first, second)]
+        fine_axes = tuple(
+            (np.arange(n) + 0.5) * s - 0.5 for n, s in zip(self.grid_zyx, self.fine_stride_zyx, strict=True)
+        )
+        positions = np.stack([np.moveaxis(view.positions(fine_axes), 0, -1) for view in views])
+        inside = np.stack([_lookup(body, p) for p in positions])
+        pairs, weights = self._pairs(rng, views, positions, inside, spacing_mm)
+        volumes = np.stack([self._render(id, view, rng) for view in views])
+        return {
+            "volumes": volumes[..., None],
+            "positions_mm": positions * np.float32(spacing_mm),
+            "body": inside,
+            "pairs": pairs,
+            "weights": weights,
+            "meta": {"scans": np.array([record], np.int32), "pairs": np.int32(weights.sum())},
+        }
+
+    def _pairs(
+        self, rng: np.random.Generator, views: list[View], positions: np.ndarray, inside: np.ndarray, spacing_mm: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        pairs, weights = np.zeros((2, self.pairs), np.int32), np.zeros(self.pairs, np.float32)
+        candidates = np.flatnonzero(inside[0])
+        if not len(candidates):
+            return pairs, weights
+        tried = rng.permutation(candidates)[: 8 * self.pairs]
+        places, last = positions[0].reshape(-1, 3)[tried], np.array(self.grid_zyx) - 1
+        # Walk to the nearest cell of the other view: a step by the inverse matrix leaves only what the bend adds.
+        inverse = np.linalg.inv(views[1].matrix * self.fine_stride_zyx).T
+        cells = np.broadcast_to(last / 2, places.shape).astype(int)
+        for _ in range(4):
+            off = places - positions[1][tuple(cells.T)]
+            cells = np.clip(np.rint(cells + off @ inverse), 0, last).astype(int)
+        apart_mm = spacing_mm * np.linalg.norm(places - positions[1][tuple(cells.T)], axis=1)
+        partner = np.ravel_multi_index(tuple(cells.T), self.grid_zyx)
+        good = np.flatnonzero((apart_mm <= self.positive_mm) & inside[1].reshape(-1)[partner])[: self.pairs]
+        if len(good):
+            weights[: len(good)] = 1
+            good = np.resize(good, self.pairs)
+            pairs = np.stack([tried[good], partner[good]]).astype(np.int32)
+        return pairs, weights
+
+    def _render(self, id: str, view: View, rng: np.random.Generator) -> np.ndarray:
+        """The view's network input, fp32; reads only the part of the scan that it shows."""
+        distortion = self.distortion
+        positions = view.positions(tuple(np.arange(n, dtype=float) for n in self.shape_zyx))
+        flat = positions.reshape(3, -1)
+        low = self.reduce * (np.floor(flat.min(axis=1) / self.reduce).astype(int) - 1)
+        blocks = np.ceil((flat.max(axis=1) - low) / self.reduce).astype(int) + 2
+        crop = block_mean(self.store.read_crop(id, tuple(low), tuple(blocks * self.reduce)), self.reduce)
+        # A block of r voxels has its centre (r − 1) / 2 voxels behind its first.
+        inner = (positions - (low + (self.reduce - 1) / 2)[:, None, None, None]) / self.reduce
+        volume = ndimage.map_coordinates(crop, inner, order=1, mode="nearest", output=np.float32)
+        if distortion.blur_voxels:
+            volume = ndimage.gaussian_filter(volume, rng.uniform(0, distortion.blur_voxels), truncate=2)
+        if distortion.noise_hu:
+            volume += rng.uniform(0, distortion.noise_hu) * rng.standard_normal(volume.shape, np.float32)
+        volume *= 1 + distortion.contrast * rng.uniform(-1, 1)
+        volume += distortion.brightness_hu * rng.uniform(-1, 1)
+        return network_input(np.maximum(volume, AIR_HU))
+
+
+def _lookup(body: np.ndarray, positions_vox: np.ndarray) -> np.ndarray:
+    """Whether store positions (…, 3) lie in the body mask (a cell per 2 voxels)."""
+    cells = np.floor((positions_vox + 0.5) / 2).astype(np.int32)
+    within = ((cells >= 0) & (cells < body.shape)).all(axis=-1)
+    cells = np.clip(cells, 0, np.array(body.shape) - 1)
+    return within & body[cells[..., 0], cells[..., 1], cells[..., 2]]

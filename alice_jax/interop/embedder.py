@@ -1,4 +1,4 @@
-"""Names and layouts of the embedder: PyTorch (a SAM checkpoint) and Flax, both ways, numpy only.
+"""Names and layouts of the embedder: PyTorch (a SAM checkpoint) and Flax, both ways.
 
 PyTorch keeps convolution kernels as (out, in, z, y, x), Flax as (z, y, x, in, out).
 `num_batches_tracked` has no counterpart and is ignored.
@@ -8,15 +8,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from alice_jax.errors import UserError
+from alice_jax.interop import torch_file
+from alice_jax.models.embedder import Embedder
 
 # (pattern of a torch module name, Flax path of the same module)
 MODULES = (
     (r"backbone\.conv1\.(conv|bn)", r"stem/\1"),
-    (r"backbone\.layer(\d)\.(\d)\.(conv1|conv2|downsample)\.(conv|bn)", r"layer\1_block\2/\3/\4"),
+    (r"backbone\.layer([1-4])\.(\d)\.(conv1|conv2|downsample)\.(conv|bn)", r"layer\1_block\2/\3/\4"),
     (r"neck\.lateral_convs\.(\d)\.conv", r"fine_lateral\1"),
     (r"neck\.fpn_convs\.0\.conv", r"fine_output"),
     (r"read_out_head\.lateral_convs\.0\.conv", r"coarse_lateral"),
@@ -105,12 +109,21 @@ def inflate_imagenet(state: Mapping[str, np.ndarray], variables: Mapping[str, An
     return from_torch(target)
 
 
+def load(path: str, network: Embedder) -> dict[str, Any]:
+    """Start values from a .pth file: a SAM checkpoint, or a 2-D ResNet-18 to inflate. Needs the `torch` extra."""
+    state = read_torch_file(path)
+    if any(name.startswith("read_out_head.") for name in state):
+        names = [name for name in state if name.startswith(("backbone.", "neck.", "read_out_head."))]
+        return from_torch({name: state[name] for name in names})
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 16, 32, 32, 1)))
+    return inflate_imagenet(state, jax.tree.map(np.asarray, variables))
+
+
 def read_torch_file(path: str) -> dict[str, np.ndarray]:
-    """Arrays of a .pth file by name: a SAM checkpoint or torchvision's ResNet-18. Needs the `torch` extra."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("torch: not installed; pip install 'alice_jax[torch]' to read .pth files") from error
+    """The arrays of a .pth file by name; only plain tensors are read, no code is run."""
+    torch_file.require_torch()
+    import torch
+
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file

@@ -124,7 +124,7 @@ class Embedder(nn.Module):
       channels: of the four stages; the stem has those of stage one.
       features: length of both embeddings.
       blocks: in each stage.
-      stem_kernel_zyx: of the first convolution (stride 1, no pooling).
+      stem_kernel_zyx, stem_stride_zyx: of the first convolution.
       stage_strides_zyx, stage_kernels_zyx: of the four stages (kernels of both convolutions of all their blocks).
       depth_pool: max-pool along z after stage one (1: none).
       fine_kernel_zyx: of the last convolution of the fine head.
@@ -140,6 +140,7 @@ class Embedder(nn.Module):
     features: int = 128
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     stem_kernel_zyx: Triple = (3, 7, 7)
+    stem_stride_zyx: Triple = (1, 1, 1)
     stage_strides_zyx: tuple[Triple, ...] = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
     stage_kernels_zyx: tuple[Triple, ...] = ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
     depth_pool: int = 2
@@ -148,7 +149,7 @@ class Embedder(nn.Module):
 
     def setup(self) -> None:
         kind = dict(dtype=self.dtype)
-        self.stem = ConvNorm(self.channels[0], self.stem_kernel_zyx, **kind)
+        self.stem = ConvNorm(self.channels[0], self.stem_kernel_zyx, self.stem_stride_zyx, **kind)
         for stage in range(4):
             width, kernel = self.channels[stage], self.stage_kernels_zyx[stage]
             for block in range(self.blocks[stage]):
@@ -196,14 +197,14 @@ class Embedder(nn.Module):
 def strides_zyx(model: Embedder) -> tuple[Triple, Triple]:
     """Input voxels per fine and per coarse cell: ((2, 2, 2), (4, 16, 16)) for the published network."""
     steps = np.array(model.stage_strides_zyx)
-    pool = np.array((model.depth_pool, 1, 1))
-    fine, coarse = steps[0] * pool, steps.prod(axis=0) * pool
+    first = np.array(model.stem_stride_zyx) * np.array((model.depth_pool, 1, 1))
+    fine, coarse = steps[0] * first, steps.prod(axis=0) * first
     return tuple(int(n) for n in fine), tuple(int(n) for n in coarse)
 
 
 def receptive_radius_zyx(model: Embedder) -> Triple:
     """How many voxels beyond a cell's own the coarse embedding can see, each way; (28, 124, 124) as published."""
-    reach, step = np.array(model.stem_kernel_zyx) - 1, np.ones(3, int)
+    reach, step = np.array(model.stem_kernel_zyx) - 1, np.array(model.stem_stride_zyx)
     for stage, (stride, kernel) in enumerate(zip(model.stage_strides_zyx, model.stage_kernels_zyx, strict=True)):
         extent = np.array(kernel) - 1
         reach = reach + extent * step

@@ -1,0 +1,233 @@
+"""Embeds every scan of a store: `python -m alice_jax.embed --store DIR --workdir DIR`.
+
+DIR of --workdir is that of a trained embedder (`alice_jax.train --config=configs/embedder.py`). Scans that this
+embedder has embedded are skipped, so running the command again continues where it stopped. Many tasks may share a
+store: give each its --task-index of --task-count; let one of them begin alone, since the first one settles how the
+vectors are stored.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from alice_jax import checkpoint, cli, tasks
+from alice_jax.data import embeddings
+from alice_jax.data.embedder_views import block_mean, network_input
+from alice_jax.data.embeddings import Codec
+from alice_jax.data.store import AIR_HU, Store
+from alice_jax.errors import UserError
+from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
+
+Triple = tuple[int, int, int]
+FIT_SCANS, FIT_CELLS = 8, 20_000  # what a codec is fitted on: scans, and cells of each
+ROUND = 32  # sides are padded to multiples of this, so that few shapes are compiled
+MARGIN = 32  # voxels that two tiles share at most on each side; what lies farther off hardly matters
+TILE_BYTES = 3 << 30  # of the activations of one tile at the stem, roughly what its evaluation needs
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedEmbedder:
+    """A trained network and what it was trained for.
+
+    Attributes:
+      variables: {"params", "batch_stats"} as numpy arrays.
+      reduce: store voxels averaged into one of the network's, along each axis.
+      spacing_mm: of the stores that it fits.
+      dims: directions kept of each vector on disk.
+    """
+
+    network: Embedder
+    variables: Any
+    reduce: int
+    spacing_mm: float
+    dims: int
+
+    @property
+    def strides_zyx_vox(self) -> tuple[Triple, Triple]:
+        """Store voxels per fine and per coarse cell."""
+        fine, coarse = (tuple(self.reduce * s for s in stride) for stride in strides_zyx(self.network))
+        return fine, coarse  # type: ignore[return-value]
+
+    def hash(self) -> str:
+        """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
+        names = (f.name for f in dataclasses.fields(self.network) if f.name not in ("parent", "name", "dtype"))
+        settings = {name: getattr(self.network, name) for name in names}
+        digest = hashlib.sha256(json.dumps([settings, self.reduce, self.spacing_mm], sort_keys=True).encode())
+        for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
+            digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
+        return digest.hexdigest()
+
+
+def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
+    """The embedder of a workdir, its newest checkpoint by default."""
+    config, state = checkpoint.restore_arrays(workdir, step)
+    if config.get("objective") != "embedder":
+        raise UserError(
+            f"--workdir {workdir}: its objective is {config.get('objective')!r}; "
+            "give that of a run of configs/embedder.py"
+        )
+    network = tasks.embedder_network(config["model"], tasks.compute_dtype(config["precision"]))
+    variables = {"params": state["params"], "batch_stats": state["extra"]["batch_stats"]}
+    return TrainedEmbedder(
+        network, variables, config["views"]["reduce"], config["data"]["spacing_mm"], config["storage"]["dims"]
+    )
+
+
+class WholeVolume:
+    """`(fine, coarse) = whole(volume_hu)`: unit vectors of a whole scan as numpy arrays (z, y, x, features).
+
+    The grids are ceil(shape / stride). A volume is padded with air to a multiple of `ROUND` and, where it is too long
+    for `tile_bytes`, cut along z into tiles that overlap by what the network can see (at most `MARGIN`).
+    """
+
+    def __init__(self, embedder: TrainedEmbedder, tile_bytes: int = TILE_BYTES):
+        self.embedder, self.tile_bytes = embedder, tile_bytes
+        variables = jax.device_put(embedder.variables)
+        self._apply = jax.jit(lambda volume: embedder.network.apply(variables, volume[None, ..., None]))
+
+    def __call__(self, volume_hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        reduce, shape = self.embedder.reduce, volume_hu.shape
+        multiple = [int(np.lcm(ROUND, s)) for s in strides_zyx(self.embedder.network)[1]]
+        padding = [(0, -n % (reduce * m)) for n, m in zip(shape, multiple, strict=True)]
+        x = network_input(block_mean(np.pad(volume_hu, padding, constant_values=AIR_HU), reduce))
+        parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        for tile, keep in self._tiles(x.shape):
+            vectors = jax.device_get(self._apply(jnp.asarray(x[tile])))
+            for part, level, step in zip(parts, vectors, strides_zyx(self.embedder.network), strict=True):
+                part.append(level[0, keep.start // step[0] : keep.stop // step[0]])
+        grids = ([-(-n // s) for n, s in zip(shape, stride, strict=True)] for stride in self.embedder.strides_zyx_vox)
+        fine, coarse = (np.concatenate(part)[tuple(map(slice, g))] for part, g in zip(parts, grids, strict=True))
+        return fine, coarse
+
+    def _tiles(self, shape: Triple) -> Iterator[tuple[slice, slice]]:
+        """(voxels along z that a tile reads, those of its own that are kept)."""
+        network, depth = self.embedder.network, shape[0]
+        step = strides_zyx(network)[1][0]
+        margin = -(-min(receptive_radius_zyx(network)[0], MARGIN) // step) * step
+        affordable = self.tile_bytes // (4 * network.channels[0] * shape[1] * shape[2])
+        length = max(affordable // ROUND * ROUND, 2 * margin + -(-ROUND // step) * step)
+        if length >= depth:
+            yield slice(0, depth), slice(0, depth)
+            return
+        start, done = 0, 0
+        while done < depth:
+            start = min(start, depth - length)
+            end = depth if start + length == depth else start + length - margin
+            yield slice(start, start + length), slice(done - start, end - start)
+            start, done = end - margin, end
+
+
+def fit_codec(store: Store, embedder: TrainedEmbedder, whole: WholeVolume) -> Codec:
+    """How this embedder's vectors are stored: fitted on body cells of a few scans, evenly taken from the store."""
+    ids = store.ids()
+    chosen = [ids[i * len(ids) // min(FIT_SCANS, len(ids))] for i in range(min(FIT_SCANS, len(ids)))]
+    fine_samples, coarse_samples = [], []
+    for id in tqdm(chosen, desc="Fitting the storage", unit="scan", file=sys.stderr):
+        fine, coarse = whole(store.read_volume(id))
+        body = fine[embeddings.body_cells(store.foreground(id), fine.shape[:3], embedder.strides_zyx_vox[0])]
+        fine_samples.append(np.random.default_rng(0).permutation(body)[:FIT_CELLS])
+        coarse_samples.append(coarse.reshape(-1, coarse.shape[-1]))
+    levels = (
+        embeddings.fit_level(samples, stride, embedder.dims)
+        for samples, stride in zip((fine_samples, coarse_samples), embedder.strides_zyx_vox, strict=True)
+    )
+    return Codec(embedder.hash(), (embedder.spacing_mm,) * 3, *levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `embed_store` did: scans embedded and skipped, seconds each took, and the codec they share."""
+
+    embedded: int
+    skipped: int
+    seconds_per_scan: float
+    codec: Codec
+
+
+def embed_store(
+    store: Store, embedder: TrainedEmbedder, task_index: int = 0, task_count: int = 1, force: bool = False
+) -> Summary:
+    """Embeds the scans of a store that this embedder has not embedded yet.
+
+    Args:
+      task_index, task_count: this call takes every task_count-th scan from task_index on.
+      force: embed those again that are done.
+    """
+    ids = store.ids()
+    if not ids:
+        raise UserError(f"--store {store.path}: holds no scans; prepare some with python -m alice_jax.prepare")
+    spacing = tuple(store.manifest["spacing_zyx_mm"])
+    if any(abs(s - embedder.spacing_mm) > 1e-3 for s in spacing):
+        raise UserError(
+            f"--store {store.path}: its spacing is {spacing} mm and the embedder was trained at {embedder.spacing_mm}; "
+            f"prepare the scans with --spacing {embedder.spacing_mm}, or train an embedder on this store"
+        )
+    whole = WholeVolume(embedder)
+    codec = embeddings.read_codec(store)
+    if codec is None or codec.embedder != embedder.hash():
+        if codec is not None:
+            print("the store's embeddings are of another embedder and will be replaced", file=sys.stderr)
+        fit_codec(store, embedder, whole).save(store)
+        codec = embeddings.read_codec(store)  # what another task may have written meanwhile counts for all
+        assert codec is not None
+    mine = ids[task_index::task_count]
+    todo = [id for id in mine if force or embeddings.embedded_by(store, id) != codec.hash]
+    began = time.perf_counter()
+    for id in tqdm(todo, desc="Embedding", unit="scan", file=sys.stderr, disable=not todo):
+        embeddings.write_embedding(store, id, codec, *whole(store.read_volume(id)))
+    seconds = (time.perf_counter() - began) / max(len(todo), 1)
+    return Summary(len(todo), len(mine) - len(todo), seconds, codec)
+
+
+def bytes_per_scan(store: Store) -> float | None:
+    """Mean bytes on disk of a scan's embedding; None where the store is no local folder or nothing is embedded."""
+    sizes = []
+    for id in store.ids():
+        folders = [os.path.join(store.path, "scans", id, name) for name in ("fine", "coarse", embeddings.HASH)]
+        if all(map(os.path.isdir, folders)):
+            files = (os.path.join(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names)
+            sizes.append(sum(map(os.path.getsize, files)))
+    return float(np.mean(sizes)) if sizes else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alice_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, help="store of prepared scans")
+    parser.add_argument("--workdir", required=True, help="folder of a trained embedder")
+    parser.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
+    parser.add_argument("--task-index", type=int, default=0, help="which share of the scans to embed, from 0")
+    parser.add_argument("--task-count", type=int, default=1, help="how many tasks share the work")
+    parser.add_argument("--force", action="store_true", help="embed again what is done")
+    args = parser.parse_args(argv)
+    if not 0 <= args.task_index < args.task_count:
+        raise UserError(
+            f"--task-index {args.task_index}: give 0 to {args.task_count - 1} with --task-count {args.task_count}"
+        )
+    store = Store.open(args.store)
+    summary = embed_store(store, restore(args.workdir, args.step), args.task_index, args.task_count, args.force)
+    size = bytes_per_scan(store)
+    print(
+        f"embedded {summary.embedded} scans, {summary.skipped} were done already"
+        + (f"; {summary.seconds_per_scan:.1f} s a scan" if summary.embedded else "")
+        + (f"; {size / 1e6:.2f} MB a scan on disk" if size else "")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+"""The anatomical embedder that mines Alice's pairs.
+
+    python -m alice_jax.train --config=configs/embedder.py --config.data.store=DIR --workdir=runs/embedder
+    python -m alice_jax.embed --store=DIR --workdir=runs/embedder
+
+`configs/embedder.py` is the published network and recipe (SAM, arXiv 2012.02383): 33 million parameters, 20,000
+steps of 8 samples, for one accelerator.
+`configs/embedder.py:tiny` fits two CPU cores: TINY_NUMBERS
+
+With no `data.store` the built-in cohort is used. `init_from` names a file to start from: a SAM checkpoint, or
+torchvision's ResNet-18 trained on ImageNet, whose kernels are then inflated to 3-D as published (needs the `torch`
+extra).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; `variant` is "" or "tiny"."""
+    if variant not in ("", "tiny"):
+        raise ValueError(f"configs/embedder.py:{variant}: the only variant is tiny")
+    config = ConfigDict()
+    config.objective = "embedder"
+    config.seed = 0
+    config.batch_size = 8  # pairs of views in the global batch
+    config.microbatch = 0  # pairs that a device computes at once; 0: 1 on a CPU, all on an accelerator
+    config.steps = 20_000
+    config.precision = "auto"  # of the computation: "bfloat16", "float32", or bfloat16 on accelerators alone
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 3
+    config.log_every = 10
+    config.validate_every = 500
+    config.init_from = ""
+
+    config.data = ConfigDict()
+    config.data.store = ""
+    config.data.spacing_mm = 2.0  # of the store; the network is trained for this one
+    config.data.workers = 0
+    config.data.threads = 4
+    config.data.validation_fraction = 0.1
+    config.data.validation_samples = 16
+
+    config.views = ConfigDict()
+    config.views.reduce = 1  # store voxels averaged into one of the network's, along each axis
+    config.views.shape_zyx = (32, 96, 96)  # of a view, in the network's voxels
+    config.views.shift = 0.25  # largest distance of the two centres, as a share of the view
+    config.views.pairs = 100
+    config.views.positive_mm = 2.0
+    config.views.scale = (0.8, 1.25)
+    config.views.rotation_degrees = 10.0
+    config.views.bend_mm = 3.0
+    config.views.bend_spacing_mm = 48.0
+    config.views.contrast = 0.05
+    config.views.brightness_hu = 20.0
+    config.views.noise_hu = 20.0
+    config.views.blur_voxels = 0.7
+
+    config.model = ConfigDict()
+    config.model.channels = (64, 128, 256, 512)
+    config.model.features = 128
+    config.model.blocks = (2, 2, 2, 2)
+    config.model.stem_kernel_zyx = (3, 7, 7)
+    config.model.stem_stride_zyx = (1, 1, 1)
+    config.model.stage_strides_zyx = ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2))
+    config.model.stage_kernels_zyx = ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3))
+    config.model.depth_pool = 2
+    config.model.fine_kernel_zyx = (3, 3, 3)
+    config.model.statistics_momentum = 0.9
+
+    config.loss = ConfigDict()
+    config.loss.candidates = 0  # cells that may become negatives, drawn at random; 0: all
+    for level, ignore_mm, hard_pool, negatives, others in (
+        ("fine", 3.0, 2000, 500, 0),
+        ("coarse", 25.0, 250, 200, 300),
+        ("joint", 3.0, 2000, 500, 0),
+    ):
+        config.loss[level] = ConfigDict()
+        config.loss[level].weight = 0.0 if level == "joint" else 1.0
+        config.loss[level].temperature = 0.5
+        config.loss[level].ignore_mm = ignore_mm
+        config.loss[level].hard_pool = hard_pool
+        config.loss[level].negatives = negatives
+        config.loss[level].other_volumes = others
+
+    config.optimizer = ConfigDict()
+    config.optimizer.kind = "sgd"  # or "adamw"
+    config.optimizer.lr = 0.02
+    config.optimizer.min_lr = 2e-4
+    config.optimizer.warmup = "500 steps, 10 %"
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.momentum = 0.9  # of sgd
+
+    config.storage = ConfigDict()
+    config.storage.dims = 32  # directions kept of each vector on disk
+
+    return config.lock()
