@@ -59,7 +59,7 @@ def store(tmp_path):
 def test_a_scan_matches_to_itself_within_half_a_stride(store):
     embedding = matching.read_embedding(store, "a")
     points = np.array([[0, 0, 0], [23, 19, 27], [11, 6, 13], [4, 18, 1]])
-    match = matching.match(embedding, points, embedding)
+    match = matching.match(embedding, points, embedding, subcell=False)
     assert np.abs(match.points_zyx_vox - points).max() <= 0.5
     np.testing.assert_allclose(match.scores, 1, atol=5e-3)
 
@@ -75,8 +75,29 @@ def test_a_translated_volume_matches_with_the_translation(tmp_path):
         fine = big[dz : dz + fine_grid[0], dy : dy + fine_grid[1], dx : dx + fine_grid[2]]
         embeddings.write_embedding(store, id, codec, fine, flat)
     points = np.array([[10, 12, 14], [4, 6, 10], [20, 18, 26]])
-    match = matching.match(matching.read_embedding(store, "a"), points, matching.read_embedding(store, "b"))
-    np.testing.assert_allclose(match.points_zyx_vox, points - 2 * np.array([1, 2, 4]) + 0.5)
+    pair = matching.read_embedding(store, "a"), points, matching.read_embedding(store, "b")
+    want = points - 2 * np.array([1, 2, 4])
+    np.testing.assert_allclose(matching.match(*pair, subcell=False).points_zyx_vox, want + 0.5)
+    assert np.abs(matching.match(*pair).points_zyx_vox - want).max() <= 1
+
+
+def test_matches_between_cells_are_found_between_cells(tmp_path):
+    """Vectors that turn smoothly with the position: a shift by a third of a cell is seen."""
+    store, codec = make_store(tmp_path / "store"), make_codec()
+    codec.save(store)
+    fine_grid, coarse_grid = grids()
+    flat = np.broadcast_to(random_vectors((1, 1, 1), 4), (*coarse_grid, 16))
+    directions, shift = np.random.default_rng(0).normal(size=(3, 16)) / 8, np.array([0.7, -0.7, 0.4])
+    for id, offset in (("a", np.zeros(3)), ("b", shift)):
+        add_scan(store, id)
+        centres = (np.argwhere(np.ones(fine_grid, bool)) + 0.5) * 2 - 0.5
+        fine = embeddings.normalise(np.cos((centres + offset) @ directions + np.arange(16))).reshape(*fine_grid, 16)
+        embeddings.write_embedding(store, id, codec, fine, flat)
+    points = np.random.default_rng(1).integers(4, np.array(SHAPE) - 4, size=(60, 3))
+    pair = matching.read_embedding(store, "a"), points, matching.read_embedding(store, "b")
+    errors = [matching.match(*pair, subcell=subcell).points_zyx_vox - (points - shift) for subcell in (False, True)]
+    coarse, fine = (np.linalg.norm(error, axis=1).mean() for error in errors)
+    assert fine < 0.5 and fine < 0.5 * coarse
 
 
 def test_each_axis_is_limited_by_its_own_length():
@@ -101,7 +122,7 @@ def test_search_is_the_dense_argmax_whatever_the_slabs(store):
 def test_score_is_the_mean_of_fine_and_upsampled_coarse_similarity(store):
     query, key = (matching.read_embedding(store, id) for id in "ab")
     point = np.array([[11, 6, 13]])
-    match = matching.match(query, point, key)
+    match = matching.match(query, point, key, subcell=False)
     cell, found = point[0] // 2, (match.points_zyx_vox[0] // 2).astype(int)
     fine = [e.codec.fine.decode(e.fine)[tuple(c)] for e, c in ((query, cell), (key, found))]
     ratios = tuple(f / c for f, c in zip(STRIDE, COARSE_STRIDE, strict=True))

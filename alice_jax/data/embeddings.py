@@ -192,10 +192,30 @@ class Embedding:
     def vectors(self, cells_zyx: np.ndarray) -> np.ndarray:
         """(n, 2·dims) fp32: the same for given cells (n, 3); the fine half is zero outside the body."""
         fine = self.codec.fine.decode(self.fine[tuple(cells_zyx.T)])
-        axes = enumerate(zip(self.grid_zyx, self.coarse.shape[:3], self._ratios, strict=True))
-        wz, wy, wx = (interpolation(n, c, r)[cells_zyx[:, axis]] for axis, (n, c, r) in axes)
-        coarse = np.einsum("nz,ny,nx,zyxc->nc", wz, wy, wx, self._coarse_vectors, optimize=True)
-        return np.concatenate([fine, normalise(coarse)], axis=1, dtype=np.float32)
+        return np.concatenate([fine, self._coarse_at(cells_zyx)], axis=1, dtype=np.float32)
+
+    def vectors_at(self, points_zyx_vox: np.ndarray) -> np.ndarray:
+        """(n, 2·dims) fp32 unit vectors at points (n, 3) between the cells' centres: trilinear, normalised again.
+
+        Cells outside the body do not count; where all eight are, the fine half is zero.
+        """
+        at = (np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5
+        at = np.clip(at, 0, np.array(self.grid_zyx) - 1)
+        low = at.astype(int)
+        fine = np.zeros((len(at), self.fine.shape[-1]), np.float32)
+        for corner in np.ndindex(2, 2, 2):
+            cells = np.minimum(low + corner, np.array(self.grid_zyx) - 1)
+            weight = np.where(corner, at - low, 1 - (at - low)).prod(axis=1, keepdims=True)
+            fine += weight * self.codec.fine.decode(self.fine[tuple(cells.T)])
+        return np.concatenate([normalise(fine), self._coarse_at(at)], axis=1, dtype=np.float32)
+
+    def _coarse_at(self, cells_zyx: np.ndarray) -> np.ndarray:
+        """(n, dims) unit vectors at fine cells (n, 3), which may be fractions."""
+        weights = []
+        for axis, (size, ratio) in enumerate(zip(self.coarse.shape[:3], self._ratios, strict=True)):
+            at = np.clip((cells_zyx[:, axis] + 0.5) * ratio - 0.5, 0, size - 1)
+            weights.append(np.maximum(1 - np.abs(at[:, None] - np.arange(size)), 0).astype(np.float32))
+        return normalise(np.einsum("nz,ny,nx,zyxc->nc", *weights, self._coarse_vectors, optimize=True))
 
     @cached_property
     def _coarse_vectors(self) -> np.ndarray:

@@ -81,8 +81,12 @@ def search(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray
     return index, best
 
 
-def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match:
+def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = True) -> Match:
     """The best match in `key` of each of the points (n, 3) of `query`; many points at once cost little more than one.
+
+    Args:
+      subcell: read the query between the cells' centres, and move the match to the peak of a parabola through the
+        scores of its neighbours; otherwise cells are matched to cells, as in the paper.
 
     Raises:
       UserError: the embeddings are of different embedders, or the key holds no body.
@@ -96,11 +100,38 @@ def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match
         raise UserError(
             f"scan {key.id}: its embedding is empty, so nothing can be matched in it; check its foreground in the store"
         )
+    if subcell:
+        vectors = query.vectors_at(points_zyx_vox) / 2
+    else:
+        vectors = query.vectors(cell_of_points(points_zyx_vox, query.codec.fine.stride_zyx_vox, query.grid_zyx)) / 2
     slabs = (key.keys[start : start + SLAB_CELLS] for start in range(0, len(key.keys), SLAB_CELLS))
-    cells = cell_of_points(points_zyx_vox, query.codec.fine.stride_zyx_vox, query.grid_zyx)
-    index, scores = search(query.vectors(cells) / 2, slabs)
+    index, scores = search(vectors, slabs)
     cells = np.stack(np.unravel_index(key.body[index], key.grid_zyx), axis=1)
-    return Match(points_of_cells(cells, key.codec.fine.stride_zyx_vox, key.shape_zyx), scores)
+    offsets = peak_offsets(vectors, cells, scores, key) if subcell else 0.0
+    return Match(points_of_cells(cells + offsets, key.codec.fine.stride_zyx_vox, key.shape_zyx), scores)
+
+
+def peak_offsets(vectors: np.ndarray, cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> np.ndarray:
+    """(n, 3) in [−½, ½] cells: where a parabola through the scores of each best cell and its neighbours peaks.
+
+    0 along an axis where a neighbour lies outside the body.
+    """
+    offsets = np.zeros(cells_zyx.shape)
+    for axis in range(3):
+        sides = []
+        for step in (-1, 1):
+            at = cells_zyx.copy()
+            at[:, axis] += step
+            inside = (at[:, axis] >= 0) & (at[:, axis] < key.grid_zyx[axis])
+            at[~inside] = cells_zyx[~inside]
+            inside &= key.fine[tuple(at.T)].any(axis=-1)
+            sides.append(np.where(inside, np.einsum("nd,nd->n", vectors, key.vectors(at)), np.nan))
+        below, above = sides
+        curvature = below + above - 2 * scores
+        with np.errstate(invalid="ignore", divide="ignore"):
+            peak = (below - above) / (2 * curvature)
+        offsets[:, axis] = np.where(curvature < 0, np.clip(peak, -0.5, 0.5), 0.0)
+    return offsets
 
 
 def relative_position(points_zyx_vox: np.ndarray, box_a: np.ndarray, box_b: np.ndarray) -> np.ndarray:
