@@ -1,5 +1,7 @@
 """casa*.npz: cross-attention of one query with two contexts, the attention itself, and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -32,15 +34,18 @@ def check(report) -> None:
         query_residual=True,
     )
     query, online, target = (jnp.asarray(arrays[name]) for name in ("query", "kv_student", "kv_teacher"))
-    report.close("feat1_ali", model.apply({"params": params}, query, online), LIMIT)
-    report.close("feat2_ali", model.apply({"params": params}, query, target), LIMIT)
+    run = jax.jit(lambda query, context: model.apply({"params": params}, query, context))
+    report.close("feat1_ali", run(query, online), LIMIT)
+    report.close("feat2_ali", run(query, target), LIMIT)
     attention = model.apply({"params": params}, query, online, method="attention")
     report.close("attn_student_B_head_q_k", attention, LIMIT)
 
-    def weighted_sum(params, query, online):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(params, query, online):
         return jnp.sum(model.apply({"params": params}, query, online) * arrays["gradw_feat1"])
 
-    gradients = jax.grad(weighted_sum, argnums=(0, 1, 2))(params, query, online)
+    gradients = gradient(params, query, online)
     by_name = names.to_torch(interop.RULES, gradients[0]) | {"query": gradients[1], "kv_student": gradients[2]}
     for name in [name for name in arrays if name.startswith("grad/")]:
         report.close(name, by_name[name.removeprefix("grad/")], LIMIT)

@@ -1,8 +1,11 @@
 """head*.npz: the projection head with separate, freely scaled and shared last layers, and its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from random_weights import random_weights
 
 from alice_jax.interop import heads as interop
 from alice_jax.interop import names
@@ -46,11 +49,13 @@ def check_head(report, prefix: str, config: dict) -> None:
     report.configuration(*(f"{prefix}/gradw{i}" for i in range(3)))
     inputs = (arrays["cls_token"], sequence(arrays["encoder"]), sequence(arrays["decoder"]))
 
-    def weighted_sum(params):
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def run(params):
         outputs = model.apply({"params": params}, *inputs)
         return sum(jnp.sum(x * factor) for x, factor in zip(outputs, factors, strict=True)), outputs
 
-    gradients, outputs = jax.grad(weighted_sum, has_aux=True)(params)
+    gradients, outputs = run(params)
     for name, value in zip(("out_cls", "out_enc", "out_dec"), outputs, strict=True):
         report.close(f"{prefix}/{name}", value, LIMIT)
     gradients = names.in_order(names.to_torch(interop.RULES, gradients), interop.ORDER)
@@ -63,7 +68,8 @@ def check_head(report, prefix: str, config: dict) -> None:
 def check_copy(report) -> None:
     """Which of the student's last layers the release's teacher starts with."""
     head = Head(width=8, hidden=8, bottleneck=4, prototypes=6, token_prototypes=6)
-    student = head.init(jax.random.key(0), jnp.ones((1, 8)), jnp.ones((1, 2, 8)), jnp.ones((1, 2, 4)))["params"]
+    inputs = (jnp.ones((1, 8)), jnp.ones((1, 2, 8)), jnp.ones((1, 2, 4)))
+    student = random_weights(jax.eval_shape(head.init, jax.random.key(0), *inputs))["params"]
     teacher = shared_last(student)
     for torch_name, ours in (("last_layer", "last"), ("last_layer2", "last_tokens")):
         name = f"copy_quirk/teacher_last_layer_equals_student_{torch_name}"

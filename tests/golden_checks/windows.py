@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,8 +87,9 @@ def check_self_attention(report, prefix: str, state: dict[str, np.ndarray]) -> N
     x, mask = report.arrays[f"{prefix}/x"], report.arrays[f"{prefix}/mask_is_minus100"]
     report.configuration(f"{prefix}/x", f"{prefix}/mask_is_minus100")
     by_image = x.reshape(-1, len(mask), *x.shape[1:])
-    report.close(f"{prefix}/out_nomask", model.apply(variables, by_image).reshape(x.shape), LIMIT)
-    report.close(f"{prefix}/out_mask", model.apply(variables, by_image, separate=mask).reshape(x.shape), LIMIT)
+    run = jax.jit(model.apply)
+    report.close(f"{prefix}/out_nomask", run(variables, by_image).reshape(x.shape), LIMIT)
+    report.close(f"{prefix}/out_mask", run(variables, by_image, separate=mask).reshape(x.shape), LIMIT)
 
 
 def check_skip_attention(report, prefix: str, state: dict[str, np.ndarray]) -> None:
@@ -96,7 +98,7 @@ def check_skip_attention(report, prefix: str, state: dict[str, np.ndarray]) -> N
     model = attention(state["relative_position_bias_table"].shape[1])
     report.configuration(f"{prefix}/skip", f"{prefix}/x_up")
     x, skip = report.arrays[f"{prefix}/x_up"], report.arrays[f"{prefix}/skip"]
-    report.close(f"{prefix}/out", model.apply(variables, x[None], skip[None])[0], LIMIT)
+    report.close(f"{prefix}/out", jax.jit(model.apply)(variables, x[None], skip[None])[0], LIMIT)
 
 
 def check_stage(report, prefix: str, state: dict[str, np.ndarray]) -> None:
@@ -115,8 +117,13 @@ def check_stage(report, prefix: str, state: dict[str, np.ndarray]) -> None:
         position_index="release",
         dtype=jnp.float32,
     )
-    out = stage.apply({"params": tree["encoder_0"]}, x.reshape(-1, *grid, channels), train=False)
-    down = nnformer.Downsample().apply({"params": tree["downsample_0"]}, out)
+
+    @jax.jit
+    def run(x):
+        out = stage.apply({"params": tree["encoder_0"]}, x, train=False)
+        return out, nnformer.Downsample().apply({"params": tree["downsample_0"]}, out)
+
+    out, down = run(x.reshape(-1, *grid, channels))
     report.equal(f"{prefix}/shape_in_and_down", [*out.shape[1:4], *down.shape[1:4]])
     used = [windows.effective_window(grid, window, shifted=j % 2 == 1) for j in range(depth)]
     report.equal(f"{prefix}/effective_window_shift", used)
