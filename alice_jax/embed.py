@@ -44,6 +44,7 @@ class TrainedEmbedder:
     Attributes:
       variables: {"params", "batch_stats"} as numpy arrays.
       reduce: store voxels averaged into one of the network's, along each axis.
+      window_hu: what its input is clipped to.
       spacing_mm: of the stores that it fits.
       dims: directions kept of each vector on disk.
     """
@@ -51,6 +52,7 @@ class TrainedEmbedder:
     network: Embedder
     variables: Any
     reduce: int
+    window_hu: tuple[float, float]
     spacing_mm: float
     dims: int
 
@@ -64,7 +66,7 @@ class TrainedEmbedder:
         """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
         names = (f.name for f in dataclasses.fields(self.network) if f.name not in ("parent", "name", "dtype"))
         settings = {name: getattr(self.network, name) for name in names}
-        digest = hashlib.sha256(json.dumps([settings, self.reduce, self.spacing_mm], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([settings, self.reduce, self.window_hu, self.spacing_mm], sort_keys=True).encode())
         for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
             digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
         return digest.hexdigest()
@@ -81,7 +83,12 @@ def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
     network = tasks.embedder_network(config["model"], tasks.compute_dtype(config["precision"]))
     variables = {"params": state["params"], "batch_stats": state["extra"]["batch_stats"]}
     return TrainedEmbedder(
-        network, variables, config["views"]["reduce"], config["data"]["spacing_mm"], config["storage"]["dims"]
+        network,
+        variables,
+        reduce=config["views"]["reduce"],
+        window_hu=tuple(config["views"]["window_hu"]),
+        spacing_mm=config["data"]["spacing_mm"],
+        dims=config["storage"]["dims"],
     )
 
 
@@ -101,7 +108,8 @@ class WholeVolume:
         reduce, shape = self.embedder.reduce, volume_hu.shape
         multiple = [int(np.lcm(ROUND, s)) for s in strides_zyx(self.embedder.network)[1]]
         padding = [(0, -n % (reduce * m)) for n, m in zip(shape, multiple, strict=True)]
-        x = network_input(block_mean(np.pad(volume_hu, padding, constant_values=AIR_HU), reduce))
+        padded = np.pad(volume_hu, padding, constant_values=AIR_HU)
+        x = network_input(block_mean(padded, reduce), self.embedder.window_hu)
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for tile, keep in self._tiles(x.shape):
             vectors = jax.device_get(self._apply(jnp.asarray(x[tile])))

@@ -232,6 +232,8 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     for name in ("reduce", "pairs"):
         if views[name] < 1:
             raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
+    if not views.window_hu[0] < views.window_hu[1]:
+        raise UserError(f"views.window_hu {views.window_hu}: give the lowest and the highest HU")
     if not 0 < views.scale[0] <= 1 <= views.scale[1]:
         raise UserError(f"views.scale {views.scale}: give the smallest and the largest zoom, around 1")
 
@@ -272,6 +274,7 @@ def embedder_task(config: ConfigDict, store: Store) -> Task:
             pairs=views.pairs,
             positive_mm=views.positive_mm,
             shift=views.shift,
+            window_hu=tuple(views.window_hu),
             distortion=distortion,
         )
 

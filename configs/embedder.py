@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.views = ConfigDict()
     config.views.reduce = 1  # store voxels averaged into one of the network's, along each axis
+    config.views.window_hu = (-1024.0, 3071.0)
     config.views.shape_zyx = (32, 96, 96)  # of a view, in the network's voxels
     config.views.shift = 0.25  # largest distance of the two centres, as a share of the view
     config.views.pairs = 100
@@ -50,8 +51,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.views.rotation_degrees = 10.0
     config.views.bend_mm = 3.0
     config.views.bend_spacing_mm = 48.0
-    config.views.contrast = 0.05
-    config.views.brightness_hu = 20.0
+    config.views.tone_hu = 15.0
+    config.views.shade_hu = 10.0
     config.views.noise_hu = 20.0
     config.views.blur_voxels = 0.7
 
@@ -93,4 +94,42 @@ def get_config(variant: str = "") -> ConfigDict:
     config.storage = ConfigDict()
     config.storage.dims = 32  # directions kept of each vector on disk
 
+    if variant == "tiny":
+        config.batch_size = 2
+        config.microbatch = 2
+        config.steps = 120
+        config.checkpoint_every = config.validate_every = 40
+        config.log_every = 5
+        config.data.threads = 2
+        config.data.validation_samples = 4
+        # Two thirds of a torso at a time, on a grid of 8 mm: whole-body context matters more here than detail.
+        config.views.reduce = 2
+        config.views.window_hu = (-300.0, 400.0)
+        config.views.shape_zyx = (64, 64, 80)
+        config.views.shift = 0.15
+        config.views.pairs = 512
+        config.views.positive_mm = 4.0
+        config.views.scale = (0.75, 1.3)
+        config.views.bend_mm = 6.0
+        config.views.tone_hu = 30.0
+        config.views.shade_hu = 20.0
+        config.views.blur_voxels = 0.5
+        config.model.channels = (16, 32, 64, 96)
+        config.model.features = 16
+        config.model.blocks = (1, 2, 2, 1)
+        config.model.stem_kernel_zyx = (5, 5, 5)
+        config.model.stem_stride_zyx = (2, 2, 2)
+        config.model.stage_strides_zyx = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 1, 1))
+        config.model.stage_kernels_zyx = ((3, 3, 3),) * 4
+        config.model.depth_pool = 1
+        config.loss.candidates = 4096
+        for level, ignore_mm in (("fine", 12.0), ("coarse", 24.0), ("joint", 12.0)):
+            config.loss[level].update(
+                weight=1.0, temperature=0.1, ignore_mm=ignore_mm, hard_pool=0, negatives=0, other_volumes=0
+            )
+        config.optimizer.kind = "adamw"
+        config.optimizer.lr = 3e-3
+        config.optimizer.min_lr = 6e-5
+        config.optimizer.warmup = "10 %"
+        config.storage.dims = 16
     return config.lock()

@@ -141,6 +141,7 @@ def sampler(store, **changes):
         pairs=32,
         positive_mm=4.0,
         shift=0.2,
+        window_hu=(-1024, 3071),
         distortion=Distortion(scale=(0.8, 1.25), rotation_degrees=10, bend_mm=2, noise_hu=0, blur_voxels=0),
     )
     return EmbedderSampler(**(settings | changes))
@@ -187,6 +188,7 @@ def test_views_are_never_mirrored():
 
 def test_network_input_and_block_mean():
     np.testing.assert_allclose(network_input(np.array([-3000, 3071, 5000])), [-50, 205, 205])
+    np.testing.assert_allclose(network_input(np.array([-300, 0, 300]), (-200, 200)), [-50, 77.5, 205])
     block = np.arange(16).reshape(2, 2, 4)
     np.testing.assert_allclose(block_mean(block, 2), [[[6.5, 8.5]]])
 

@@ -17,16 +17,18 @@ from alice_jax.data.splines import SplineField, random_field
 from alice_jax.data.store import AIR_HU, Store
 
 Triple = tuple[int, int, int]
+TONES_HU = (-1000, -700, -400, -130, -70, -20, 20, 50, 80, 120, 180, 280, 500, 1000, 2000)  # closer among soft tissues
 
 
-def network_input(volume_hu: np.ndarray) -> np.ndarray:
-    """HU clipped to [−1024, 3071], scaled to [0, 255], minus 50 (SAM, arXiv 2012.02383): fp32 of the same shape.
+def network_input(volume_hu: np.ndarray, window_hu: tuple[float, float] = (-1024, 3071)) -> np.ndarray:
+    """HU clipped to the window, scaled to [0, 255], minus 50 (SAM, arXiv 2012.02383): fp32 of the same shape.
 
     >>> network_input(np.array([-2000, -1024, 3071], np.int16)).tolist()
     [-50.0, -50.0, 205.0]
     """
-    clipped = np.clip(volume_hu, -1024, 3071).astype(np.float32)
-    return (clipped + 1024) / 4095 * 255 - 50
+    low, high = window_hu
+    clipped = np.clip(volume_hu, low, high).astype(np.float32)
+    return (clipped - low) / (high - low) * 255 - 50
 
 
 def block_mean(volume: np.ndarray, factor: int) -> np.ndarray:
@@ -48,15 +50,17 @@ class Distortion:
     scale: smallest and largest zoom, drawn for each axis around one for all.
     rotation_degrees, bend_mm, bend_spacing_mm: largest angle about each axis; standard deviation and correlation
       length of the smooth displacement.
-    contrast, brightness_hu, noise_hu, blur_voxels: largest relative change, shift, standard deviations.
+    tone_hu: standard deviation of a random change of each tissue's HU, the same all over the view.
+    shade_hu: standard deviation of a smooth random change over the view, of the same correlation length as the bend.
+    noise_hu, blur_voxels: largest standard deviations.
     """
 
     scale: tuple[float, float] = (0.8, 1.2)
     rotation_degrees: float = 0.0
     bend_mm: float = 0.0
     bend_spacing_mm: float = 48.0
-    contrast: float = 0.0
-    brightness_hu: float = 0.0
+    tone_hu: float = 0.0
+    shade_hu: float = 0.0
     noise_hu: float = 20.0
     blur_voxels: float = 0.5
 
@@ -124,6 +128,7 @@ class EmbedderSampler:
       reduce: store voxels per network voxel and axis.
       pairs: positives per sample.
       positive_mm: farthest that the two cells of a positive may lie apart.
+      window_hu: what `network_input` clips to.
       shift: how far apart the views' centres may lie on each axis, as a share of a view's length.
     """
 
@@ -135,6 +140,7 @@ class EmbedderSampler:
     pairs: int
     positive_mm: float
     shift: float
+    window_hu: tuple[float, float]
     distortion: Distortion
 
     @property
@@ -216,11 +222,15 @@ class EmbedderSampler:
         volume = ndimage.map_coordinates(crop, inner, order=1, mode="nearest", output=np.float32)
         if distortion.blur_voxels:
             volume = ndimage.gaussian_filter(volume, rng.uniform(0, distortion.blur_voxels), truncate=2)
+        if distortion.tone_hu:
+            volume += np.interp(volume, TONES_HU, distortion.tone_hu * rng.standard_normal(len(TONES_HU)))
+        if distortion.shade_hu:
+            knots = distortion.bend_spacing_mm / (self.store.scan(id).spacing_zyx_mm[0] * self.reduce)
+            shade = random_field(rng, (-0.5,) * 3, np.array(self.shape_zyx) - 0.5, knots)
+            volume += distortion.shade_hu * shade.on_grid(*(np.arange(n) for n in self.shape_zyx))[0]
         if distortion.noise_hu:
             volume += rng.uniform(0, distortion.noise_hu) * rng.standard_normal(volume.shape, np.float32)
-        volume *= 1 + distortion.contrast * rng.uniform(-1, 1)
-        volume += distortion.brightness_hu * rng.uniform(-1, 1)
-        return network_input(np.maximum(volume, AIR_HU))
+        return network_input(np.maximum(volume, AIR_HU), self.window_hu)
 
 
 def _lookup(body: np.ndarray, positions_vox: np.ndarray) -> np.ndarray:
