@@ -66,7 +66,9 @@ class TrainedEmbedder:
         """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
         names = (f.name for f in dataclasses.fields(self.network) if f.name not in ("parent", "name", "dtype"))
         settings = {name: getattr(self.network, name) for name in names}
-        digest = hashlib.sha256(json.dumps([settings, self.reduce, self.window_hu, self.spacing_mm], sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps([settings, self.reduce, self.window_hu, self.spacing_mm], sort_keys=True).encode()
+        )
         for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
             digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
         return digest.hexdigest()

@@ -26,7 +26,9 @@ def make_embedder(seed=0, features=8, **settings):
         lambda path, x: 5 * np.abs(x) + 1 if path[-1].key == "var" else x, variables["batch_stats"]
     )
     variables = {"params": variables["params"], "batch_stats": statistics}
-    return embed.TrainedEmbedder(network, variables, **({"reduce": 1, "window_hu": (-1024, 3071), "spacing_mm": 2.0, "dims": 8} | settings))
+    return embed.TrainedEmbedder(
+        network, variables, **({"reduce": 1, "window_hu": (-1024, 3071), "spacing_mm": 2.0, "dims": 8} | settings)
+    )
 
 
 @pytest.fixture(scope="module")
