@@ -1,7 +1,7 @@
 """Checkpoints of a workdir through Orbax.
 
-    WORKDIR/config.json            the configuration of the run
-    WORKDIR/checkpoints/<step>/    the whole `TrainState` after that many updates
+WORKDIR/config.json            the configuration of the run
+WORKDIR/checkpoints/<step>/    the whole `TrainState` after that many updates
 """
 
 import json
@@ -84,7 +84,9 @@ def read_config(workdir: str) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"--workdir {workdir}: its config.json is damaged ({error}); restore it or choose another") from None
+        raise UserError(
+            f"--workdir {workdir}: its config.json is damaged ({error}); restore it or choose another"
+        ) from None
 
 
 def restore_arrays(workdir: str, step: int | None = None) -> tuple[dict[str, Any], Tree]:

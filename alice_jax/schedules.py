@@ -25,9 +25,7 @@ def ramp(index: Number, start: float, end: float, length: int) -> Number:
     return start + (end - start) * xp.clip(index / max(length - 1, 1), 0.0, 1.0)
 
 
-def warmup_cosine(
-    index: Number, peak: float, end: float, total: int, warmup: int = 0, start: float = 0.0
-) -> Number:
+def warmup_cosine(index: Number, peak: float, end: float, total: int, warmup: int = 0, start: float = 0.0) -> Number:
     """Linear warm-up with both ends included, then half a cosine that `end` closes but never reaches.
 
     With both ends included, step 0 has the rate `start` and the peak is used twice, as in the release.

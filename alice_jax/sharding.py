@@ -1,25 +1,30 @@
-"""Devices as a mesh, and where the state and the batch lie on it.
+"""Devices as a mesh, where the state and the batch lie on it, and the step compiled for it.
 
 `jit` with shardings and not `pmap`: the step is written once over the global batch and the compiler places it on one
 device or on many, so the losses and centers are global means without any axis name.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alice_jax import train_state
 from alice_jax.errors import UserError
+from alice_jax.objectives import Objective
+from alice_jax.train_state import TrainState
 
 Tree = Any
 DATA = "data"
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes on one data axis."""
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes, or those given, on one data axis."""
+    devices = jax.devices() if devices is None else devices
     # Explicit axes, the default, would ask every matmul of the model for an output sharding.
-    return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -32,13 +37,23 @@ def by_sample(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def described(shapes: Tree, mesh: Mesh) -> Tree:
+    """Shapes of a state with the shardings that it is to be restored to."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), shapes)
+
+
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The global arrays of which every process holds its rows."""
     sharding = by_sample(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
 
 
-def micro_batches(batch_size: int, microbatch: int, mesh: Mesh) -> int:
+def global_parts(mesh: Mesh, local: dict[str, np.ndarray], parts: int) -> list[dict[str, jax.Array]]:
+    """A batch in `parts`, each spread over all devices."""
+    return [global_batch(mesh, {name: rows[i::parts] for name, rows in local.items()}) for i in range(parts)]
+
+
+def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
     """How many parts a step computes one after another.
 
     Args:
@@ -58,3 +73,55 @@ def micro_batches(batch_size: int, microbatch: int, mesh: Mesh) -> int:
             f"of batch_size {batch_size}"
         )
     return share // microbatch
+
+
+def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TrainState]:
+    """`init(example batch) -> state`, made where it will live."""
+    options = {}
+    if mesh.devices.flat[0].platform == "cpu":  # runs once: compiling it is most of the work
+        options = {"compiler_options": {"xla_backend_optimization_level": 0}}
+    return jax.jit(
+        lambda batch: train_state.create(objective, seed, batch), out_shardings=replicated(mesh), **options
+    )
+
+
+def compiled_step(
+    objective: Objective, key: jax.Array, mesh: Mesh, parts: int
+) -> Callable[[TrainState, list[dict[str, jax.Array]]], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, parts of a batch) -> (next state, metrics)`; the memory of the old state is given to the new one.
+
+    A batch in one part is one compiled program. With several, each part is one call and the update another.
+    """
+    everywhere, rows = replicated(mesh), by_sample(mesh)
+    if parts == 1:
+        whole = jax.jit(
+            train_state.make_train_step(objective, key),
+            in_shardings=(everywhere, rows),
+            out_shardings=everywhere,
+            donate_argnums=0,
+        )
+        return lambda state, batch: whole(state, batch[0])
+
+    part_of, finish = train_state.make_partial_steps(objective, key, parts)
+    add = jax.jit(
+        lambda state, part, index, total: jax.tree.map(jax.numpy.add, total, part_of(state, part, index)),
+        in_shardings=(everywhere, rows, everywhere, everywhere),
+        out_shardings=everywhere,
+        donate_argnums=3,
+    )
+    zeros = jax.jit(
+        lambda state, part: jax.tree.map(
+            lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(part_of, state, part, 0)
+        ),
+        out_shardings=everywhere,
+    )
+    update = jax.jit(finish, out_shardings=everywhere, donate_argnums=(0, 1))
+    numbers = jax.device_put(list(np.arange(parts)), everywhere)
+
+    def step(state: TrainState, batch: list[dict[str, jax.Array]]):
+        total = zeros(state, batch[0])
+        for index, part in zip(numbers, batch, strict=True):
+            total = add(state, part, index, total)
+        return update(state, total)
+
+    return step

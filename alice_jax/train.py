@@ -53,38 +53,28 @@ def run(config: ConfigDict, workdir: str) -> int:
     store = Store.open(config.data.store or builtin.cohort(run))
     task = tasks.make(config, store)
     mesh = sharding.make_mesh()
-    micro_batches = sharding.micro_batches(config.batch_size, config.microbatch, mesh)
+    parts = sharding.parts_of_batch(config.batch_size, config.microbatch, mesh)
     say(
         f"{len(task.scans)} scans to train on, {len(task.validation_scans)} held out; {config.batch_size} samples "
-        f"a step, in {micro_batches} part(s) on {mesh.size} {jax.default_backend()} device(s)"
+        f"a step, in {parts} part(s) on {mesh.size} {jax.default_backend()} device(s)"
     )
 
     # ---- State, made on its devices or restored
     key = jax.random.key(config.seed)
-    everywhere, by_sample = sharding.replicated(mesh), sharding.by_sample(mesh)
-    create = jax.jit(lambda batch: train_state.create(task.objective, key, batch), out_shardings=everywhere)
+    init = sharding.compiled_init(task.objective, config.seed, mesh)
     example = example_batch(task)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     start = checkpoints.latest_step
     if start is None:
-        start, state = 0, create(example)
+        start, state = 0, init(example)
     else:
-        shapes = jax.eval_shape(create, example)
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
-        state = checkpoints.restore(start, like)
+        state = checkpoints.restore(start, sharding.described(jax.eval_shape(init, example), mesh))
         say(f"resuming at step {start} of {config.steps}")
-
-    # ---- The two compiled functions; the old state's memory is given to the new one
-    train_step = jax.jit(
-        train_state.make_train_step(task.objective, key, micro_batches),
-        in_shardings=(everywhere, by_sample),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(train_state.make_eval_step(task.objective, key), in_shardings=(everywhere, by_sample))
+    train_step = sharding.compiled_step(task.objective, key, mesh, parts)
+    eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
 
     # ---- Batches
-    validation = validation_batches(config, task, mesh, config.batch_size // micro_batches)
+    validation = validation_batches(config, task, mesh, config.batch_size // parts)
     samples = pipeline.Samples(
         sampler=task.sampler,
         records=len(task.scans),
@@ -97,11 +87,11 @@ def run(config: ConfigDict, workdir: str) -> int:
     stream = pipeline.batches(samples, start_step=start, workers=config.data.workers, threads=config.data.threads)
     coverage = Coverage(workdir, task.scans, start)
 
-    def next_batch() -> tuple[dict[str, jax.Array], dict[str, np.ndarray], float]:
+    def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], float]:
         began = time.perf_counter()
         rows = next(stream)
         noted = rows.pop("meta")
-        return sharding.global_batch(mesh, rows), noted, time.perf_counter() - began
+        return sharding.global_parts(mesh, rows, parts), noted, time.perf_counter() - began
 
     # ---- The loop
     metrics = Metrics(
@@ -148,7 +138,11 @@ def check(config: ConfigDict) -> None:
     for field in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every"):
         if config[field] < 1:
             raise UserError(f"{field} {config[field]}: give a whole number of 1 or more")
-    for field, value in (("seed", config.seed), ("microbatch", config.microbatch), ("data.workers", config.data.workers)):
+    for field, value in (
+        ("seed", config.seed),
+        ("microbatch", config.microbatch),
+        ("data.workers", config.data.workers),
+    ):
         if value < 0:
             raise UserError(f"{field} {value}: give a whole number of 0 or more")
     if config.data.threads < 1:
@@ -182,9 +176,7 @@ def example_batch(task: tasks.Task) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in sample.items() if name != "meta"}
 
 
-def validation_batches(
-    config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once: int
-) -> list[dict[str, jax.Array]]:
+def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once: int) -> list[dict[str, jax.Array]]:
     """The same samples of held-out scans at every validation, in batches of what the devices compute at once."""
     if not task.validation_scans:
         say("too few scans to hold any out: no validation")

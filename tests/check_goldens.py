@@ -31,6 +31,7 @@ HANDLERS = (
     "casa",
     "losses",
     "schedules",
+    "train_steps",
     "views",
     "axes",
     "embedder",

@@ -2,9 +2,10 @@
 
 import os
 
-# Before JAX is imported. Tests that need one device build a mesh of one.
+# Before JAX is imported. The programs are small: compiling them is the work, so the backend should not optimise them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import pytest
 

@@ -7,7 +7,10 @@ import pytest
 
 from alice_jax import optimizer
 
-PARAMS = {"body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "last": {"weight": jnp.ones(3), "gain": jnp.ones(3)}}
+PARAMS = {
+    "body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "last": {"weight": jnp.ones(3), "gain": jnp.ones(3)},
+}
 RULES = [("gain$", "frozen"), ("^last/", "held"), ("bias$", "plain"), ("", "decayed")]
 
 
@@ -36,7 +39,10 @@ def test_first_rule_wins_and_every_parameter_needs_one():
 
 
 def test_groups_with_zero_gradients_show_the_decay_alone():
-    zero = {"body": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}, "last": {"weight": jnp.zeros(3), "gain": jnp.zeros(3)}}
+    zero = {
+        "body": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)},
+        "last": {"weight": jnp.zeros(3), "gain": jnp.zeros(3)},
+    }
     params = steps(make(), zero, 1)
     np.testing.assert_allclose(params["body"]["kernel"], 1 - 0.1 * 0.5)
     np.testing.assert_allclose(params["body"]["bias"], 1.0)
@@ -44,7 +50,10 @@ def test_groups_with_zero_gradients_show_the_decay_alone():
 
 
 def test_held_parameters_start_late_with_fresh_moments_and_the_current_rate():
-    ones = {"body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "last": {"weight": jnp.ones(3), "gain": jnp.ones(3)}}
+    ones = {
+        "body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "last": {"weight": jnp.ones(3), "gain": jnp.ones(3)},
+    }
     np.testing.assert_allclose(steps(make(), ones, 2)["last"]["weight"], 1.0)
     # Third update: rate 0.3, Adam's first step is 1, decay 0.5.
     np.testing.assert_allclose(steps(make(), ones, 3)["last"]["weight"], 1 - 0.3 * (1 + 0.5), rtol=1e-5)

@@ -17,7 +17,9 @@ SAMPLES = Samples(echo, records=7, seed=3, global_batch=4, steps=6)
 
 
 def content(samples, **options):
-    return [{name: batch[name].tolist() for name in ("record", "own", "shared")} for batch in batches(samples, **options)]
+    return [
+        {name: batch[name].tolist() for name in ("record", "own", "shared")} for batch in batches(samples, **options)
+    ]
 
 
 def test_same_seed_same_batches_and_another_seed_others():

@@ -1,5 +1,7 @@
 """The step itself, on an objective small enough to check by hand: fit y = w·x, with a center as extra state."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +32,13 @@ def objective():
 KEY = jax.random.key(0)
 
 
-def run(steps, batch=BATCH, micro_batches=1):
-    step = jax.jit(train_state.make_train_step(objective(), KEY, micro_batches))
-    state, metrics = train_state.create(objective(), KEY, batch), None
+def run(steps, batch=BATCH, parts=1, devices=1):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    step = sharding.compiled_step(objective(), KEY, mesh, parts)
+    state, metrics = sharding.compiled_init(objective(), 0, mesh)(batch), None
+    rows = {name: np.asarray(value) for name, value in batch.items()}
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, sharding.global_parts(mesh, rows, parts))
     return state, metrics
 
 
@@ -50,11 +54,11 @@ def test_one_step_by_hand():
     assert state.step == 1
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4, 16])
-def test_micro_batches_change_nothing_but_rounding(micro_batches):
-    (whole, _), (parts, metrics) = run(3), run(3, micro_batches=micro_batches)
-    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-6)
-    np.testing.assert_allclose(parts.extra["mean"], whole.extra["mean"], rtol=1e-6)
+@pytest.mark.parametrize(("parts", "devices"), [(2, 1), (16, 1), (1, 8), (2, 8)])
+def test_parts_and_devices_change_nothing_but_rounding(parts, devices):
+    (whole, _), (split, metrics) = run(3), run(3, parts=parts, devices=devices)
+    np.testing.assert_allclose(split.params["w"], whole.params["w"], rtol=1e-6)
+    np.testing.assert_allclose(split.extra["mean"], whole.extra["mean"], rtol=1e-6)
     assert metrics["learning_rate"] == 2.5
 
 
@@ -64,31 +68,35 @@ def test_every_step_draws_new_numbers_and_the_same_ones_again():
     assert noise == [float(run(steps)[1]["noise"]) for steps in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_eight_devices_compute_the_same_as_one_and_compile_once(micro_batches):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_second_step_compiles_nothing(parts):
     mesh = sharding.make_mesh()
     assert mesh.size == 8
-    everywhere, by_sample = sharding.replicated(mesh), sharding.by_sample(mesh)
-    step = jax.jit(
-        train_state.make_train_step(objective(), KEY, micro_batches),
-        in_shardings=(everywhere, by_sample),
-        out_shardings=everywhere,
-        donate_argnums=0,
+    step = sharding.compiled_step(objective(), KEY, mesh, parts)
+    state = sharding.compiled_init(objective(), 0, mesh)(BATCH)
+    batch = sharding.global_parts(mesh, {name: np.asarray(value) for name, value in BATCH.items()}, parts)
+    assert batch[0]["x"].addressable_shards[0].data.shape == (2 // parts, 1)
+    state, _ = step(state, batch)
+    with jax.transfer_guard("disallow"), no_compilation():
+        step(state, batch)
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Fails when JAX compiles anything."""
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
     )
-    state = jax.jit(lambda: train_state.create(objective(), KEY, BATCH), out_shardings=everywhere)()
-    batch = sharding.global_batch(mesh, {name: np.asarray(value) for name, value in BATCH.items()})
-    assert len(batch["x"].addressable_shards) == 8 and batch["x"].addressable_shards[0].data.shape == (2, 1)
-    for _ in range(3):
-        state, _ = step(state, batch)
-    assert step._cache_size() == 1
-    np.testing.assert_allclose(state.params["w"], run(3)[0].params["w"], rtol=1e-6)
+    yield
+    assert not seen, seen
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = sharding.make_mesh()
     with pytest.raises(ValueError, match="batch_size 12"):
-        sharding.micro_batches(12, 0, mesh)
+        sharding.parts_of_batch(12, 0, mesh)
     with pytest.raises(ValueError, match="microbatch 3"):
-        sharding.micro_batches(16, 3, mesh)
-    assert sharding.micro_batches(16, 0, mesh) == 2  # one sample at a time on each CPU device
-    assert sharding.micro_batches(16, 2, mesh) == 1
+        sharding.parts_of_batch(16, 3, mesh)
+    assert sharding.parts_of_batch(16, 0, mesh) == 2  # one sample at a time on each CPU device
+    assert sharding.parts_of_batch(16, 2, mesh) == 1

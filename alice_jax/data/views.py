@@ -83,9 +83,7 @@ class PairSampler:
     tries_per_partner: int = 10
     tries: int = 100
 
-    def __call__(
-        self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The sample as arrays.
 
         Returns:
@@ -125,9 +123,7 @@ class PairSampler:
         query_point = foreground_points(self.store, self.scan_ids[record], rng, 1)[0]
         return Pair(key, query_point, foreground_points(self.store, self.scan_ids[key], rng, 1)[0])
 
-    def mine(
-        self, record: int, rng: np.random.Generator, embeddings: Callable[[str], matching.Embedding]
-    ) -> Pair:
+    def mine(self, record: int, rng: np.random.Generator, embeddings: Callable[[str], matching.Embedding]) -> Pair:
         """The first match above the threshold, or the best of all tries, flagged as weak.
 
         After `tries_per_partner` failures another partner is drawn, since some scans share no anatomy. The release

@@ -16,7 +16,7 @@ import optax
 from alice_jax import losses, optimizer
 from alice_jax.data.masks import hidden_count
 from alice_jax.models.casa import CASA
-from alice_jax.models.heads import Head
+from alice_jax.models.heads import Head, shared_last
 from alice_jax.models.nnformer import NNFormer, mean_token
 from alice_jax.objectives import Batch, Objective
 
@@ -168,10 +168,8 @@ class Alice:
         """The student's copy that the teacher starts from."""
         if self.mode.teacher_twins:
             return jax.tree.map(jnp.copy, params)
-        # Release: the teacher's one last layer starts as the student's token layer, yet follows the other one.
-        head = {name: value for name, value in params["head"].items() if name != "last_tokens"}
-        head["last_cls"] = params["head"]["last_tokens"]
-        return jax.tree.map(jnp.copy, {"backbone": params["backbone"], "head": head})
+        student = {"backbone": params["backbone"], "head": shared_last(params["head"])}
+        return jax.tree.map(jnp.copy, student)
 
     def forward(self, params: Tree, extra: Tree, batch: Batch, key: jax.Array, train: bool) -> Outputs:
         """Student and teacher on both views of a batch.
@@ -295,14 +293,13 @@ class Alice:
         return extra | {name: losses.moved_center(extra[name], mean) for name, mean in stats.items()}
 
 
-def group_rules(alice: Alice) -> optimizer.Rules:
-    """Which parameters are decayed, frozen at first, or never trained."""
-    return [
-        (r"head/last_\w+/gain$", "frozen"),  # weight normalisation with its gain fixed at 1
-        (r"head/last_\w+/", "held"),
-        (r"(bias|scale)$", "plain"),  # biases and LayerNorms; relative-position tables and prototypes are decayed
-        (r"", "decayed"),
-    ]
+# Which parameters are decayed, frozen at first, or never trained.
+GROUP_RULES: optimizer.Rules = [
+    (r"^head/last(_tokens)?/gain$", "frozen"),  # weight normalisation with its gain fixed at 1
+    (r"^head/last(_tokens)?/", "held"),
+    (r"/(bias|scale|mask_token)$", "plain"),  # relative-position tables and prototypes are decayed
+    (r"", "decayed"),
+]
 
 
 def clipping(alice: Alice, limit: float) -> optax.GradientTransformation:
@@ -347,7 +344,7 @@ def make(
         optimizer=optimizer.grouped_adamw(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
-            group_rules=group_rules(alice),
+            group_rules=GROUP_RULES,
             clip=clipping(alice, clip),
             held_steps=held_steps,
         ),

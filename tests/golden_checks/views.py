@@ -3,10 +3,10 @@
 import json
 
 import numpy as np
+from builders import add_volume
 
 from alice_jax.data import masks, views
 from alice_jax.data.store import Store
-from builders import add_volume
 
 PATTERNS = ("crop*.npz", "masks*.npz")
 
@@ -63,7 +63,9 @@ def _check_masks(report, prefix: str, config: dict) -> None:
     report.equal(prefix + "np_legacy_permutation_prefix", permutation[: len(prefixes)])
     # The release draws from one legacy generator, mask after mask.
     generator = np.random.RandomState(config["seed"])
-    drawn = [masks.columns(generator.permutation(cells), grid, config["ratio"]) for _ in report.arrays[prefix + "masks"]]
+    drawn = [
+        masks.columns(generator.permutation(cells), grid, config["ratio"]) for _ in report.arrays[prefix + "masks"]
+    ]
     report.equal(prefix + "masks", np.stack([upsampled(m, cell // 2) for m in drawn]).astype(np.uint8))
     report.equal(prefix + "mask0_upsampled_to_voxels", upsampled(drawn[0], cell).astype(np.uint8))
 
