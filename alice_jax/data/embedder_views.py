@@ -37,10 +37,10 @@ def block_mean(volume: np.ndarray, factor: int) -> np.ndarray:
     >>> block_mean(np.arange(8).reshape(2, 2, 2), 2).tolist()
     [[[3.5]]]
     """
-    if factor == 1:
-        return volume.astype(np.float32)
-    z, y, x = (n // factor for n in volume.shape)
-    return volume.astype(np.float32).reshape(z, factor, y, factor, x, factor).mean(axis=(1, 3, 5))
+    total = np.zeros([n // factor for n in volume.shape], np.float32)
+    for z, y, x in np.ndindex(factor, factor, factor):  # several times faster than a mean over reshaped axes
+        total += volume[z::factor, y::factor, x::factor]
+    return total / factor**3
 
 
 @dataclasses.dataclass(frozen=True)
