@@ -3,52 +3,98 @@
     CACHE/store/          patients to pretrain on, with embeddings
     CACHE/unseen/         patients that nothing is trained on, with embeddings, for judging matches
     CACHE/embedder/       the workdir of the embedder
-    CACHE/matching.json   its errors on the unseen patients
+    CACHE/matching.json   its errors on the unseen patients, beside those of the relative-position baseline
 
 Every part resumes, so an interrupted build goes on where it stopped.
 """
 
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
 
-from alice_jax import embed, evaluate
 from alice_jax.data import phantom
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
 PATIENTS, UNSEEN = range(24), range(1000, 1006)
+POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
 
 
-def cohort(train: Callable[[ConfigDict, str], int]) -> str:
-    """The path of the store, after making what is missing.
+def root() -> str:
+    """$ALICE_JAX_CACHE or a folder in the user's cache; another one for each version of the generator."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("ALICE_JAX_CACHE") or os.path.join(user_cache, "alice_jax")
+    return os.path.join(base, f"phantom{phantom.VERSION}")
+
+
+def store_path() -> str:
+    """Where the patients to train on lie."""
+    return os.path.join(root(), "store")
+
+
+def patients() -> str:
+    """The path of the store, after making the phantoms if they are missing; embeddings may not be there yet."""
+    say(f"data.store is not set: using the built-in cohort of {len(PATIENTS)} phantom patients in {root()}")
+    if len(_ids(store_path())) < len(PATIENTS):
+        phantom.write_cohort(store_path(), PATIENTS)
+    return store_path()
+
+
+def embedded_patients(train: Callable[[ConfigDict, str], int]) -> str:
+    """The path of the store with embeddings, after making what is missing.
 
     Args:
       train: `alice_jax.train.run`, handed in since the loop itself calls this function.
     """
-    root = cache()
-    store, unseen, workdir = (os.path.join(root, name) for name in ("store", "unseen", "embedder"))
-    result = os.path.join(root, "matching.json")
-    print(f"data.store is not set: using the built-in cohort of {len(PATIENTS)} phantoms in {root}", file=sys.stderr)
-    if os.path.exists(result):
+    store = patients()
+    if os.path.exists(_matching()):
         return store
-    phantom.write_cohort(store, PATIENTS)
-    phantom.write_cohort(unseen, UNSEEN)
     if not EMBEDDER.exists():
-        raise UserError(f"{EMBEDDER} not found: the built-in cohort needs a clone of the project; or set data.store")
-    config = config_flags.DEFINE_config_file
-    raise NotImplementedError(config, workdir, embed, evaluate, Store, unseen, json)
+        raise UserError(f"{EMBEDDER}: not found; the built-in cohort needs a clone of the project, or set data.store")
+    say("making its embeddings, once: training the tiny embedder")
+    from alice_jax import embed, evaluate  # here, since only this step needs them
+
+    config = runpy.run_path(str(EMBEDDER))["get_config"]("tiny")
+    with config.unlocked():
+        config.data.store = store
+    workdir, unseen = (os.path.join(root(), name) for name in ("embedder", "unseen"))
+    code = train(config, workdir)
+    if code:
+        sys.exit(code)
+    embedder = embed.restore(workdir)
+    for path in (store, unseen):
+        embed.embed_store(phantom.write_cohort(path, UNSEEN) if path == unseen else Store.open(path), embedder)
+    judged = Store.open(unseen)
+    errors_mm = evaluate.matching_errors(judged, judged.ids(), POINTS, np.random.default_rng(0))
+    with open(f"{_matching()}.partial", "w", encoding="utf-8") as file:
+        json.dump({name: values.tolist() for name, values in errors_mm.items()}, file)
+    os.replace(f"{_matching()}.partial", _matching())
+    return store
 
 
-def cache() -> str:
-    """$ALICE_JAX_CACHE, or a folder in the user's cache; another one for each version of the generator."""
-    base = os.environ.get("ALICE_JAX_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "alice_jax"
-    )
-    return os.path.join(base, f"phantom{phantom.VERSION}")
+def matching_summary() -> str:
+    """How well the embedder matches unseen patients, beside the baseline, as a small table."""
+    from alice_jax import evaluate
+
+    with open(_matching(), encoding="utf-8") as file:
+        errors_mm = {name: np.array(values) for name, values in json.load(file).items()}
+    return f"{len(UNSEEN)} unseen patients, {len(UNSEEN) * POINTS} points\n{evaluate.table(errors_mm)}"
+
+
+def _matching() -> str:
+    return os.path.join(root(), "matching.json")
+
+
+def _ids(path: str) -> list[str]:
+    return Store.open(path).ids() if os.path.exists(os.path.join(path, "manifest.json")) else []
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

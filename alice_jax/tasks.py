@@ -99,7 +99,7 @@ def alice_networks(config: ConfigDict) -> alice.Alice:
             dtype=dtype,
         ),
         head=alice.Head(
-            width=model.width * 8,
+            width=model.width * 2 ** (len(model.depths) - 1),
             hidden=model.head_hidden,
             bottleneck=model.bottleneck,
             prototypes=model.prototypes,
@@ -226,7 +226,10 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
             f"data.spacing_mm {config.data.spacing_mm}: the store {store.path} has {spacing} mm; prepare the scans "
             f"again with --spacing {config.data.spacing_mm}, or set data.spacing_mm to train for the store's"
         )
-    _, coarse = strides_zyx(network)
+    fine, coarse = strides_zyx(network)
+    if any(views.reduce * step % 2 for step in fine):
+        raise UserError(f"views.reduce {views.reduce}: a fine cell must span an even number of the store's voxels, "
+                        f"and the network's own stride is {fine}")
     if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
         raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")
     for name in ("reduce", "pairs"):

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     claim(workdir, config)
 
     # ---- Data, objective, devices
-    store = Store.open(config.data.store or builtin.cohort(run))
+    store = Store.open(config.data.store or built_in_store(config))
     task = tasks.make(config, store)
     mesh = sharding.make_mesh()
     parts = sharding.parts_of_batch(config.batch_size, config.microbatch, mesh)
@@ -129,8 +130,25 @@ def run(config: ConfigDict, workdir: str) -> int:
             if stop.signal and not last:
                 metrics.say(f"stopped by signal {stop.signal} after step {done}; the same command goes on from there")
                 return 128 + stop.signal
-    say(f"finished {config.steps} steps; weights, logs and configuration are in {os.path.abspath(workdir)}")
+    conclude(config, workdir)
     return 0
+
+
+def built_in_store(config: ConfigDict) -> str:
+    """The path of the built-in cohort, with embeddings where pairs are mined with them."""
+    if config.objective == "alice" and config.views.kind == "mined":
+        return builtin.embedded_patients(run)
+    return builtin.patients()
+
+
+def conclude(config: ConfigDict, workdir: str) -> None:
+    """Says where everything lies."""
+    if config.objective == "alice" and not config.data.store and config.views.kind == "mined":
+        say(f"matching by the embedder that mined the pairs: {builtin.matching_summary()}")
+    workdir = os.path.abspath(workdir)
+    say(f"finished {config.steps} steps")
+    for what, name in (("weights", "checkpoints"), ("logs", "metrics.jsonl"), ("TensorBoard", "tensorboard")):
+        say(f"  {what:12}{os.path.join(workdir, name)}")
 
 
 def check(config: ConfigDict) -> None:
@@ -253,24 +271,27 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, s
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; runs/NAME-OF-THE-CONFIG by default")
 
 
-def main() -> int:
-    """Reads the command line."""
-    if {"-h", "--help", "--helpfull"} & set(sys.argv[1:]):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the command line and runs."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help", "--helpfull"} & set(arguments):
         print(__doc__)
         print("Flags:\n  --config   configuration file, such as configs/pretrain.py:tiny; its fields are in the file")
         print("  --workdir  folder of this run; runs/NAME-OF-THE-CONFIG by default")
         return 0
     try:
-        rest = flags.FLAGS(sys.argv)
+        rest = flags.FLAGS(["train", *arguments])
+        config = _CONFIG.value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{error}; see --help") from None
+        # An error inside a configuration file comes with its whole traceback; its last line says what is wrong.
+        raise UserError(f"{str(error).strip().splitlines()[-1]}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not a flag; see --help")
-    if _CONFIG.value is None:
+    if config is None:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
-    return run(_CONFIG.value, workdir)
+    return run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""The loop on a network of two stages: it logs, validates, resumes exactly, stops when asked, refuses mistakes."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from builders import noise_store
+
+from alice_jax import checkpoint, metrics, train
+from alice_jax.errors import UserError
+from configs import embedder, pretrain
+
+
+SMALL = "tests/configs/small.py"
+
+
+def small(store: str, **changes):
+    """The small recipe on random views."""
+    config = runpy.run_path(SMALL)["get_config"]()
+    with config.unlocked():
+        config.data.store, config.views.kind = store, "random"
+        config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return noise_store(str(tmp_path_factory.mktemp("train") / "store"), scans=6).path
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory):
+    """The workdir of a whole run."""
+    workdir = str(tmp_path_factory.mktemp("finished"))
+    assert train.run(small(store), workdir) == 0
+    return workdir
+
+
+def state_of(workdir):
+    return checkpoint.restore_arrays(workdir)[1]
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def without_times(workdir):
+    timed = ("step_time_s", "data_wait_s", "volumes_per_s")
+    return [{name: v for name, v in line.items() if name not in timed} for line in metrics.read(workdir)]
+
+
+def test_a_run_logs_everything_that_is_promised(finished):
+    lines = metrics.read(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    for name in (
+        "loss", "loss_invariance", "loss_alignment", "loss_reconstruction", "teacher_entropy", "norm_center_cls",
+        "views/score", "views/redraws", "views/weak", "coverage/share", "step_time_s", "data_wait_s", "volumes_per_s",
+        "learning_rate", "gradient_norm",
+    ):  # fmt: skip
+        assert np.isfinite(lines[0][name]), name
+    assert np.isfinite(lines[-1]["validation/loss"])
+    coverage = json.load(open(os.path.join(finished, "coverage.json")))
+    assert sum(coverage["counts"].values()) == 2 * 8 * 4 and len(coverage["counts"]) == 4  # 2 of 6 scans held out
+    assert state_of(finished)["step"] == 4
+    assert set(state_of(finished)["params"]) == {"backbone", "head", "casa"}  # CASA too, unlike the release
+
+
+def test_the_same_seed_gives_the_same_numbers_and_stopping_between_changes_none(finished, store, tmp_path):
+    workdir = str(tmp_path)
+    assert train.run(small(store, steps=2), workdir) == 0
+    first = without_times(workdir)
+    assert first[0]["loss"] == metrics.read(finished)[0]["loss"]
+    # The schedules know of the run's length, so the interrupted run must be one of four steps from the start.
+    stopped = str(tmp_path / "stopped")
+    assert run_until(small(store), stopped, step=2) == 128 + signal.SIGTERM
+    assert train.run(small(store), stopped) == 0
+    assert_same(state_of(stopped), state_of(finished))
+    assert without_times(stopped) == without_times(finished)
+
+
+def run_until(config, workdir, step):
+    """Runs and raises SIGTERM when `step` has been logged."""
+    log = metrics.Metrics.step
+
+    def logged(self, done, scalars):
+        log(self, done, scalars)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    metrics.Metrics.step = logged
+    try:
+        return train.run(config, workdir)
+    finally:
+        metrics.Metrics.step = log
+
+
+def test_a_finished_run_is_left_as_it_is(finished, store):
+    before = without_times(finished)
+    assert train.run(small(store), finished) == 0
+    assert without_times(finished) == before
+
+
+def test_a_workdir_of_another_run_is_refused(finished, store):
+    with pytest.raises(UserError, match=r"seed 0 there and 1 here"):
+        train.run(small(store, seed=1), finished)
+
+
+def test_a_non_finite_loss_stops_before_it_is_saved(store, tmp_path):
+    config = small(store, checkpoint_every=1)
+    with config.unlocked():
+        config.optimizer.lr, config.optimizer.warmup = 1e30, "1 step"
+    with pytest.raises(UserError, match=r"step \d+: .*not finite, with the scans case"):
+        train.run(config, str(tmp_path))
+    saved = state_of(str(tmp_path))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved["params"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"batch_size": -1}, "batch_size -1"),
+        ({"batch_size": 9}, "batch_size 9: must be a multiple of the number of devices"),
+        ({"objective": "dino"}, "objective 'dino'"),
+        ({"precision": "float64"}, "precision 'float64'"),
+        ({"seed": -1}, "seed -1"),
+        ({"views.kind": "random_crops"}, "views.kind 'random_crops'"),
+        ({"views.mask_ratio": 1.5}, "views.mask_ratio 1.5"),
+        ({"views.crop_shape_zyx": (16, 16, 15)}, "views.crop_shape_zyx"),
+        ({"loss.invariance": -1.0}, "loss"),
+        ({"method.mode": "both"}, "method.mode 'both'"),
+        ({"optimizer.warmup": "soon"}, "optimizer.warmup 'soon'"),
+        ({"data.validation_fraction": 1.0}, "data.validation_fraction 1.0"),
+    ],
+)
+def test_mistakes_in_the_configuration_are_named(store, tmp_path, change, message):
+    config = small(store)
+    with config.unlocked():
+        config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        train.run(config, str(tmp_path / "run"))
+
+
+def test_mining_without_embeddings_is_refused(store, tmp_path):
+    config = small(store)
+    with config.unlocked():
+        config.views.kind = "mined"
+    with pytest.raises(UserError, match="embed"):
+        train.run(config, str(tmp_path))
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "alice_jax.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config"),
+        (["--config=configs/pretrain.py:huge"], "huge"),
+        (["--config=configs/pretrain.py", "--config.stepps=3"], "stepps"),
+        (["--config=configs/pretrain.py", "--config.steps=many"], "steps"),
+        (["--config=configs/pretrain.py", "--unknown=3"], "unknown"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message):
+    flags.FLAGS.unparse_flags()
+    with pytest.raises(UserError, match=message) as raised:
+        train.main(arguments)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_mistakes_are_one_line_and_exit_1(tmp_path):
+    store = ["--config=configs/pretrain.py:tiny", "--config.data.store=/no/such/store", f"--workdir={tmp_path}"]
+    started = {
+        word: command(*arguments)
+        for word, arguments in (("no_such_file", ["--config=no_such_file.py"]), ("/no/such/store", store))
+    }
+    for word, process in started.items():
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 1 and output == ""
+        lines = [line for line in errors.splitlines() if "Warning" not in line]
+        assert len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], errors
+
+
+def test_help_says_how_to_use_it(capsys):
+    assert train.main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert "--config=configs/pretrain.py" in output and "--workdir" in output
+
+
+def test_sigterm_in_a_real_process_saves_and_says_how_to_go_on(store, tmp_path):
+    overrides = [f"--config.data.store={store}", "--config.views.kind=random", "--config.steps=100000"]
+    process = command(
+        f"--config={SMALL}", f"--workdir={tmp_path}", *overrides,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not metrics.read(str(tmp_path)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "the same command goes on from there" in errors
+    step = int(state_of(str(tmp_path))["step"])
+    assert step >= 1 and metrics.read(str(tmp_path))[-1]["step"] == step
+
+
+def test_variants_are_locked_and_named():
+    for module in (pretrain, embedder):
+        assert module.get_config().is_locked
+        with pytest.raises(ValueError, match="huge"):
+            module.get_config("huge")
