@@ -228,8 +228,10 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
         )
     fine, coarse = strides_zyx(network)
     if any(views.reduce * step % 2 for step in fine):
-        raise UserError(f"views.reduce {views.reduce}: a fine cell must span an even number of the store's voxels, "
-                        f"and the network's own stride is {fine}")
+        raise UserError(
+            f"views.reduce {views.reduce}: a fine cell must span an even number of the store's voxels, "
+            f"and the network's own stride is {fine}"
+        )
     if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
         raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")
     for name in ("reduce", "pairs"):
