@@ -20,13 +20,14 @@ class Metrics:
     """
 
     def __init__(self, workdir: str, *, first_step: int, total_steps: int, log_every: int, enabled: bool = True):
-        self._log_every, self._enabled, self._sums = log_every, enabled, {}
+        self._log_every, self._enabled = log_every, enabled
+        self._sums: dict[str, list[float]] = {}
         self._path = os.path.join(workdir, "metrics.jsonl")
         if not enabled:
             return
         os.makedirs(workdir, exist_ok=True)
         _drop_after(self._path, first_step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115: closed by __exit__
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._events = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step or None)
         self._bar = tqdm.tqdm(
             total=total_steps,

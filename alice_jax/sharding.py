@@ -77,12 +77,14 @@ def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
 
 def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TrainState]:
     """`init(example batch) -> state`, made where it will live."""
-    options = {}
+    options = None
     if mesh.devices.flat[0].platform == "cpu":  # runs once: compiling it is most of the work
-        options = {"compiler_options": {"xla_backend_optimization_level": 0}}
-    return jax.jit(
-        lambda batch: train_state.create(objective, seed, batch), out_shardings=replicated(mesh), **options
-    )
+        options = {"xla_backend_optimization_level": 0}
+
+    def init(batch: dict[str, np.ndarray]) -> TrainState:
+        return train_state.create(objective, seed, batch)
+
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)
 
 
 def compiled_step(

@@ -40,7 +40,7 @@ class Task:
     objective: Objective
     sampler: Sampler
     scans: tuple[str, ...]
-    validation_sampler: Sampler | None
+    validation_sampler: Sampler
     validation_scans: tuple[str, ...]
     volumes_per_sample: int = 2
 
@@ -53,7 +53,9 @@ def make(config: ConfigDict, store: Store) -> Task:
 
 
 def split(scans: list[str], fraction: float, at_least: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation scans, evenly spaced over the sorted ids; `at_least` scans on either side or none held out.
+    """Training and validation scans: at least `at_least` on either side, or none held out.
+
+    Those held out are evenly spaced over the sorted ids.
 
     >>> split(["a", "b", "c", "d"], 0.25, at_least=1)
     (('b', 'c', 'd'), ('a',))
@@ -201,7 +203,7 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
         objective=alice.make(networks, **by_step, clip=config.optimizer.clip, held_steps=held_steps),
         sampler=sampler(scans),
         scans=scans,
-        validation_sampler=sampler(validation_scans) if validation_scans else None,
+        validation_sampler=sampler(validation_scans),
         validation_scans=validation_scans,
     )
 
@@ -295,7 +297,7 @@ def embedder_task(config: ConfigDict, store: Store) -> Task:
         ),
         sampler=sampler(scans),
         scans=scans,
-        validation_sampler=sampler(validation_scans) if validation_scans else None,
+        validation_sampler=sampler(validation_scans),
         validation_scans=validation_scans,
     )
 

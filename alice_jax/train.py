@@ -103,7 +103,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         enabled=jax.process_index() == 0,
     )
     with checkpoints, metrics, StopSignal() as stop:
-        batch, meta, _ = next_batch() if start < config.steps else (None, None, 0)
+        batch, meta, _ = next_batch()
         for done in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
@@ -282,12 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rest = flags.FLAGS(["train", *arguments])
         config = _CONFIG.value
+        given = config is not None and bool(config.to_dict())  # a file that cannot be loaded fails here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # An error inside a configuration file comes with its whole traceback; its last line says what is wrong.
         raise UserError(f"{str(error).strip().splitlines()[-1]}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not a flag; see --help")
-    if config is None:
+    if not given:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))

@@ -185,7 +185,7 @@ def test_a_zero_weight_saves_its_work(weights, computed):
     present = {field.name for field in dataclasses.fields(outputs) if getattr(outputs, field.name) is not None}
     assert present == computed
     goal = objective(networks(**weights))
-    state, metrics = jax.eval_shape(train_step(goal), jax.eval_shape(lambda: first_state(goal)), make_batch(1))
+    _, metrics = jax.eval_shape(train_step(goal), jax.eval_shape(lambda: first_state(goal)), make_batch(1))
     assert {name for name in metrics if name.startswith("loss_")} == {
         f"loss_{name}" for name in ("invariance", "alignment", "reconstruction") if weights.get(name, 1.0)
     }

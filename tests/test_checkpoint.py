@@ -60,5 +60,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         checkpoint.read_config(str(tmp_path))

@@ -2,11 +2,11 @@
 
 import json
 
+import numpy as np
+
 from alice_jax import metrics
 from alice_jax.coverage import Coverage
 from alice_jax.coverage import read as read_coverage
-
-import numpy as np
 
 
 def log(workdir, steps, first_step=0, total=10):

@@ -28,7 +28,7 @@ def test_same_seed_same_batches_and_another_seed_others():
 
 
 def test_every_epoch_uses_each_record_once():
-    records = sum((batch["record"] for batch in content(SAMPLES)), [])
+    records = [record for batch in content(SAMPLES) for record in batch["record"]]
     assert sorted(records[:7]) == sorted(records[7:14]) == list(range(7))
     assert records[:7] != records[7:14]
 
@@ -47,7 +47,7 @@ def test_starting_later_skips_nothing_else(start):
 def test_processes_divide_the_rows_of_the_same_global_batch(processes):
     parts = [content(dataclasses.replace(SAMPLES, process=p, processes=processes)) for p in range(processes)]
     joined = [
-        {name: sum((part[step][name] for part in parts), []) for name in ("record", "own", "shared")}
+        {name: [x for part in parts for x in part[step][name]] for name in ("record", "own", "shared")}
         for step in range(SAMPLES.steps)
     ]
     assert joined == content(SAMPLES)

@@ -1,6 +1,5 @@
 """The loop on a network of two stages: it logs, validates, resumes exactly, stops when asked, refuses mistakes."""
 
-import json
 import os
 import runpy
 import signal
@@ -15,9 +14,9 @@ from absl import flags
 from builders import noise_store
 
 from alice_jax import checkpoint, metrics, train
+from alice_jax.coverage import read as coverage_of
 from alice_jax.errors import UserError
 from configs import embedder, pretrain
-
 
 SMALL = "tests/configs/small.py"
 
@@ -67,7 +66,7 @@ def test_a_run_logs_everything_that_is_promised(finished):
     ):  # fmt: skip
         assert np.isfinite(lines[0][name]), name
     assert np.isfinite(lines[-1]["validation/loss"])
-    coverage = json.load(open(os.path.join(finished, "coverage.json")))
+    coverage = coverage_of(finished)
     assert sum(coverage["counts"].values()) == 2 * 8 * 4 and len(coverage["counts"]) == 4  # 2 of 6 scans held out
     assert state_of(finished)["step"] == 4
     assert set(state_of(finished)["params"]) == {"backbone", "head", "casa"}  # CASA too, unlike the release

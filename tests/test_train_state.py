@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alice_jax import sharding, train_state
+from alice_jax import sharding
 from alice_jax.objectives import Objective
 
 BATCH = {"x": jnp.arange(16.0).reshape(16, 1) / 16, "y": jnp.ones((16, 1))}

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from builders import make_scan, noise_store
 
 from alice_jax.data import matching, views
 from alice_jax.data.store import Store
-from builders import make_scan, noise_store
 
 SHAPE = (40, 36, 44)
 

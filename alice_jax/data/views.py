@@ -5,6 +5,7 @@ Everything is drawn from the generator that is handed in, so a sample is a pure 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class PairSampler:
     tries_per_partner: int = 10
     tries: int = 100
 
-    def __call__(self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def __call__(self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator) -> dict[str, Any]:
         """The sample as arrays.
 
         Returns:

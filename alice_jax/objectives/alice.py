@@ -94,13 +94,13 @@ class Weights:
 
 @flax.struct.dataclass
 class Outputs:
-    """Both views of a batch, one after the other on the first axis; None where no loss needs it."""
+    """Arrays of both views of a batch, one after the other on the first axis; None where no loss needs it."""
 
-    student_cls: jax.Array | None = None  # (2·batch, prototypes)
-    teacher_cls: jax.Array | None = None  # (2·batch, prototypes)
-    aligned: jax.Array | None = None  # (2·batch, queries, prototypes), S
-    aligned_target: jax.Array | None = None  # (2·batch, queries, prototypes), T
-    reconstruction: jax.Array | None = None  # (2·batch, depth, height, width, 1)
+    student_cls: Any = None  # (2·batch, prototypes)
+    teacher_cls: Any = None  # (2·batch, prototypes)
+    aligned: Any = None  # (2·batch, queries, prototypes), S
+    aligned_target: Any = None  # (2·batch, queries, prototypes), T
+    reconstruction: Any = None  # (2·batch, depth, height, width, 1)
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -205,7 +205,7 @@ class Alice:
             decoder_tokens = backbone(params, "decoder", "decode_tokens", skips, train=train)
         if weights.reconstruction:
             voxels = backbone(params, "voxels", "decode_voxels", skips, decoder_tokens, train=train)
-            out = out.replace(reconstruction=voxels)
+            out = dataclasses.replace(out, reconstruction=voxels)
         if not (weights.invariance or weights.alignment):
             return out
 
@@ -218,7 +218,8 @@ class Alice:
             return head(tree, module, "logits", features, "cls")
 
         if weights.invariance:
-            out = out.replace(
+            out = dataclasses.replace(
+                out,
                 student_cls=cls_logits(params, self.head, skips),
                 teacher_cls=cls_logits(teacher, self.teacher_head, teacher_skips),
             )
@@ -247,15 +248,16 @@ class Alice:
             if mode.casa_on == "features":
                 aligned = head(params, self.head, "logits", aligned, "tokens")
                 aligned_target = head(teacher, self.teacher_head, "logits", aligned_target, "tokens")
-            out = out.replace(aligned=aligned, aligned_target=jax.lax.stop_gradient(aligned_target))
+            out = dataclasses.replace(out, aligned=aligned, aligned_target=jax.lax.stop_gradient(aligned_target))
         return out
 
     def losses(
         self, outputs: Outputs, extra: Tree, batch: Batch, temperature_cls: Any, temperature_tokens: Any
     ) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
         """Total loss, the mean teacher logits that move the centers, and the metrics."""
-        weights, metrics, stats = self.weights, {}, {}
-        total = jnp.zeros(())
+        weights, total = self.weights, jnp.zeros(())
+        metrics: dict[str, jax.Array] = {}
+        stats: dict[str, jax.Array] = {}
 
         def by_pair(x: jax.Array) -> jax.Array:
             return x.reshape(-1, 2, *x.shape[1:])

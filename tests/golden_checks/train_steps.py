@@ -202,7 +202,7 @@ class _Run:
     # ---------------------------------------------------------------- a step
 
     def check_step(self, index: int) -> None:
-        report, arrays, at = self.report, self.report.arrays, f"step{index}/"
+        report, at = self.report, f"step{index}/"
         batch = self._batch(at)
         before = self.state
         self.state, metrics, gradients, clipped, outputs = self.step(before, batch)

@@ -1,0 +1,233 @@
+"""One HTML file that shows whether a store and a run are as they should be.
+
+    python -m alice_jax.report --store DIR --out report.html      a preview before any training
+    python -m alice_jax.report --workdir DIR --out report.html    a run, and the store that it trains on
+    python -m alice_jax.report --store DIR --out pairs.png        only the picture of the first mined pairs
+
+Of a store with embeddings: every scan from the front and the side, the first mined pairs, unselected and as training
+with this seed would use them, the scores, the best and the worst, and the embedder's principal components. Of a run
+also: curves, coverage, a reconstruction of masked crops from the newest checkpoint, and the configuration.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from alice_jax import builtin, cli, tasks
+from alice_jax.data.embeddings import EmbeddingReader
+from alice_jax.data.pipeline import Samples
+from alice_jax.data.store import Store
+from alice_jax.data.views import PairSampler
+from alice_jax.errors import UserError
+from alice_jax.reporting import page, runs, stores
+from alice_jax.reporting.page import Check, Section
+from alice_jax.reporting.pairs import checks as pair_checks
+from alice_jax.reporting.pairs import draw_pairs, first_pairs
+
+__all__ = ["draw_pairs", "first_pairs", "preview", "write_report"]
+
+# What configs/pretrain.py has, for a preview without a run.
+CROP_SHAPE_ZYX, MASK_GRID, VALIDATION_FRACTION = (64, 64, 64), (4, 4, 4), 0.1
+STATISTICS_PAIRS, MOST_PAIRS = 64, 50
+MINING_SECONDS = 10.0  # after which the statistics make do with fewer pairs
+ENDLESS = 1 << 40  # steps
+
+
+def preview(store: Store, only: Sequence[str] = (), seed: int = 0) -> Samples:
+    """The samples that pretraining with its default settings would use.
+
+    Args:
+      only: the scans to pair; by default those that are not held out for validation.
+
+    Example:
+      samples = preview(store)
+      pairs = first_pairs(samples, samples.sampler.scan_ids, 6)
+      png = draw_pairs(store, pairs, samples.sampler.crop_shape_zyx)
+    """
+    scan_ids = tuple(only) or tasks.split(store.ids(), VALIDATION_FRACTION, at_least=2)[0]
+    sampler = PairSampler(store, EmbeddingReader(store), scan_ids, CROP_SHAPE_ZYX, MASK_GRID)
+    return Samples(sampler, len(scan_ids), seed, global_batch=1, steps=ENDLESS)
+
+
+def write_report(
+    path: str | os.PathLike,
+    store: str | None = None,
+    workdir: str | None = None,
+    *,
+    pairs: int = 6,
+    seed: int | None = None,
+    only: Sequence[str] = (),
+    seconds: float = MINING_SECONDS,
+) -> list[Check]:
+    """Writes the page (or, for a path that ends in .png, the picture of the pairs) and returns its checks.
+
+    Args:
+      store: by default the run's own.
+      workdir: of a run; none for a preview of the store.
+      pairs: drawn, from the first one on.
+      seed: of the pairs; by default the run's, or 0.
+      only: scans to pair, instead of the training scans.
+      seconds: for mining the further pairs of the statistics.
+
+    Raises:
+      UserError: there is nothing to show, or it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--out {path}: name a file in an existing folder")
+    if not 1 <= pairs <= MOST_PAIRS:
+        raise UserError(f"--pairs {pairs}: give a whole number from 1 to {MOST_PAIRS}")
+    run = None if workdir is None else runs.read(workdir)
+    opened, lost = _open(store, run)
+    task = tasks.make(run.config, opened) if run and opened else None
+    samples = _pair_samples(opened, task, run, only, seed) if opened else None
+    if path.suffix == ".png":
+        if opened is None or samples is None:
+            raise UserError(f"--out {path}: there are no pairs to draw; {lost or 'embed the store first'}")
+        found = first_pairs(samples, samples.sampler.scan_ids, pairs)
+        _write(path, draw_pairs(opened, found, samples.sampler.crop_shape_zyx))
+        return []
+
+    checks: list[Check] = []
+    sections: list[Section] = []
+    if run:
+        checks += runs.checks(run)
+        sections += runs.curve_sections(run)
+    if lost:
+        checks.append(Check("look", "The store can be read", lost))
+    if opened:
+        for some_checks, section in _store_parts(opened, samples, task, run, pairs, seconds):
+            checks += some_checks
+            sections.append(section)
+    if run:
+        sections.append(runs.setup_section(run))
+    _write(path, page.render(*_titles(opened, run), checks, sections).encode())
+    return checks
+
+
+def _open(store: str | None, run: runs.Run | None) -> tuple[Store | None, str]:
+    """The store, or why a run is shown without one."""
+    if store is not None:
+        return Store.open(store), ""
+    if run is None:
+        raise UserError("--store, --workdir: name a store with embeddings, the folder of a run, or both")
+    try:
+        return Store.open(run.config.data.store or builtin.store_path()), ""
+    except UserError as error:
+        return None, f"{error}; if it has moved, name it by --store"
+
+
+def _pair_samples(
+    store: Store, task: tasks.Task | None, run: runs.Run | None, only: Sequence[str], seed: int | None
+) -> Samples | None:
+    """Where pairs come from; None for a run whose store has no embeddings (yet)."""
+    missing = sorted(set(only) - set(store.ids()))
+    if missing or len(set(only)) == 1:
+        wrong = f"{missing[0]}: not in the store {store.path}" if missing else f"{only[0]}: a pair needs two scans"
+        raise UserError(f"--only {wrong}; give ids such as {', '.join(store.ids()[:3])}")
+    if task and run and isinstance(task.sampler, PairSampler):
+        sampler = dataclasses.replace(task.sampler, scan_ids=tuple(only) or task.scans)
+        samples = Samples(sampler, len(sampler.scan_ids), run.config.seed, run.config.batch_size, ENDLESS)
+    else:
+        samples = preview(store, only)
+    if seed is not None:
+        samples = dataclasses.replace(samples, seed=seed)
+    wanted = set(samples.sampler.scan_ids)
+    if len(wanted) < 2:
+        raise UserError(f"store {store.path}: holds {len(wanted)} scans and a pair needs two; prepare more")
+    lacking = sorted(wanted - set(stores.embedded(store))) if samples.sampler.embeddings else []
+    if lacking and not run:
+        raise UserError(
+            f"store {store.path}: {len(lacking)} of {len(wanted)} scans have no embedding ({lacking[0]} for one); run "
+            f"python -m alice_jax.embed --store {store.path} --workdir DIR, DIR being that of a trained embedder"
+        )
+    return None if lacking else samples
+
+
+def _store_parts(
+    store: Store,
+    samples: Samples | None,
+    task: tasks.Task | None,
+    run: runs.Run | None,
+    count: int,
+    seconds: float,
+) -> Iterator[tuple[list[Check], Section]]:
+    """Sections that read the store, each with its checks."""
+    done = stores.embedded(store)
+    if samples:
+        sampler = samples.sampler
+        found = first_pairs(samples, sampler.scan_ids, count, STATISTICS_PAIRS, seconds)
+        threshold = sampler.threshold if sampler.embeddings else None
+        whose = f"seed {samples.seed} among {len(sampler.scan_ids)} of {len(store.ids())} scans"
+        section = stores.pairs_section(store, found, count, threshold, sampler.crop_shape_zyx, whose)
+        yield pair_checks(store, found, threshold is not None), section
+    if run and task and run.config.objective == "alice":
+        yield [], runs.reconstruction_section(run, task)
+    if run and task and run.config.objective == "embedder":
+        yield [], runs.views_section(run, task)
+    if len(done) > 1:
+        yield [stores.embedding_check(store, done)], stores.embeddings_section(store, done)
+    elif samples is None:
+        yield [stores.embedding_check(store, done)], Section("Embeddings", [page.text("None in this store yet.")])
+    yield [], stores.cohort_section(store)
+
+
+def _titles(store: Store | None, run: runs.Run | None) -> tuple[str, str]:
+    """Title and subtitle."""
+    made = f"made {datetime.datetime.now():%Y-%m-%d %H:%M}"
+    where = f"store {store.path}, {len(store.ids())} scans" if store else "without its store"
+    if run is None:
+        assert store is not None
+        return f"Store {os.path.basename(store.path)}", f"{where}; {made}"
+    name = os.path.basename(os.path.abspath(run.workdir))
+    return f"Run {name}", f"{run.config.objective} at step {run.step} of {run.config.steps}; {where}; {made}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """In one piece."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror}; choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alice_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = _complain  # type: ignore[method-assign]
+    parser.add_argument("--store", metavar="DIR", help="a store with embeddings (default: the run's own)")
+    parser.add_argument("--workdir", metavar="DIR", help="the folder of a run")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the page, or with the ending .png the pairs alone"
+    )
+    parser.add_argument("--pairs", type=int, default=6, metavar="N", help="pairs to draw (default: 6)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the pairs (default: the run's, or 0)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ID", help="pair these scans alone")
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    checks = write_report(args.out, args.store, args.workdir, pairs=args.pairs, seed=args.seed, only=args.only)
+    for check in checks:
+        if check.level != "good":
+            print(f"{'look' if check.level == 'look' else 'WRONG'}: {check.name}: {check.text}")
+    size = Path(args.out).stat().st_size / 1e6
+    print(f"wrote {args.out}: {size:.1f} MB, {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _complain(message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
+if __name__ == "__main__":
+    cli.run(main)
