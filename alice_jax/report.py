@@ -27,7 +27,7 @@ from alice_jax.errors import UserError
 from alice_jax.reporting import page, runs, stores
 from alice_jax.reporting.page import Check, Section
 from alice_jax.reporting.pairs import checks as pair_checks
-from alice_jax.reporting.pairs import draw_pairs, first_pairs
+from alice_jax.reporting.pairs import draw_pairs, first_pairs, sampler_of
 
 __all__ = ["draw_pairs", "first_pairs", "preview", "write_report"]
 
@@ -46,8 +46,7 @@ def preview(store: Store, only: Sequence[str] = (), seed: int = 0) -> Samples:
 
     Example:
       samples = preview(store)
-      pairs = first_pairs(samples, samples.sampler.scan_ids, 6)
-      png = draw_pairs(store, pairs, samples.sampler.crop_shape_zyx)
+      png = draw_pairs(store, first_pairs(samples, 6), CROP_SHAPE_ZYX)
     """
     scan_ids = tuple(only) or tasks.split(store.ids(), VALIDATION_FRACTION, at_least=2)[0]
     sampler = PairSampler(store, EmbeddingReader(store), scan_ids, CROP_SHAPE_ZYX, MASK_GRID)
@@ -89,8 +88,8 @@ def write_report(
     if path.suffix == ".png":
         if opened is None or samples is None:
             raise UserError(f"--out {path}: there are no pairs to draw; {lost or 'embed the store first'}")
-        found = first_pairs(samples, samples.sampler.scan_ids, pairs)
-        _write(path, draw_pairs(opened, found, samples.sampler.crop_shape_zyx))
+        found = first_pairs(samples, pairs)
+        _write(path, draw_pairs(opened, found, sampler_of(samples).crop_shape_zyx))
         return []
 
     checks: list[Check] = []
@@ -137,10 +136,10 @@ def _pair_samples(
         samples = preview(store, only)
     if seed is not None:
         samples = dataclasses.replace(samples, seed=seed)
-    wanted = set(samples.sampler.scan_ids)
+    wanted = set(sampler_of(samples).scan_ids)
     if len(wanted) < 2:
         raise UserError(f"store {store.path}: holds {len(wanted)} scans and a pair needs two; prepare more")
-    lacking = sorted(wanted - set(stores.embedded(store))) if samples.sampler.embeddings else []
+    lacking = sorted(wanted - set(stores.embedded(store))) if sampler_of(samples).embeddings else []
     if lacking and not run:
         raise UserError(
             f"store {store.path}: {len(lacking)} of {len(wanted)} scans have no embedding ({lacking[0]} for one); run "
@@ -160,10 +159,10 @@ def _store_parts(
     """Sections that read the store, each with its checks."""
     done = stores.embedded(store)
     if samples:
-        sampler = samples.sampler
-        found = first_pairs(samples, sampler.scan_ids, count, STATISTICS_PAIRS, seconds)
+        sampler = sampler_of(samples)
+        found = first_pairs(samples, count, STATISTICS_PAIRS, seconds)
         threshold = sampler.threshold if sampler.embeddings else None
-        whose = f"seed {samples.seed} among {len(sampler.scan_ids)} of {len(store.ids())} scans"
+        whose = f"seed {samples.seed}, of {len(sampler.scan_ids)} of the {len(store.ids())} scans"
         section = stores.pairs_section(store, found, count, threshold, sampler.crop_shape_zyx, whose)
         yield pair_checks(store, found, threshold is not None), section
     if run and task and run.config.objective == "alice":

@@ -1,0 +1,299 @@
+"""The sections of a run: its curves, what it has seen, what it reconstructs, and how it was set up."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from alice_jax import checkpoint, coverage, metrics, tasks
+from alice_jax.data.embedder_views import EmbedderSampler
+from alice_jax.data.pipeline import Sample, Sampler, Samples
+from alice_jax.errors import UserError
+from alice_jax.objectives import alice
+from alice_jax.reporting import figures, page, planes
+from alice_jax.reporting.page import Check, Section
+
+PACKAGES = ("alice_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "scipy")
+HELD_OUT = "validation/"
+SHOWN_SCANS, FEWEST_SLOTS = 200, 24  # bars of the coverage
+
+# Title, which metrics, and how to read them; a metric goes to the first group that takes it.
+GROUPS = (
+    ("Losses", r"loss|matching_error|positive_", "Lines: training. Dots: held-out scans."),
+    (
+        "Teacher",
+        r"teacher_|norm_",
+        "Dashed: the entropy of one certain prototype (0) and of all alike; a teacher at either has collapsed.",
+    ),
+    ("Optimisation", r"learning_rate|weight_decay|gradient_norm|.*momentum|.*temperature", ""),
+    ("Views and coverage", r"views/|coverage/", "What the loader handed out: means of each logged stretch of steps."),
+    ("Speed", r"step_time_s|data_wait_s|volumes_per_s", "The first steps compile; waiting for data should be short."),
+    ("Other", r"", ""),
+)
+LOGARITHMIC = ("step_time_s", "data_wait_s", "volumes_per_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a workdir tells without its checkpoints.
+
+    Attributes:
+      lines: of metrics.jsonl.
+      counts: how often each scan was used; empty before the first checkpoint.
+    """
+
+    workdir: str
+    config: ConfigDict
+    lines: list[dict[str, Any]]
+    counts: dict[str, int]
+
+    @property
+    def step(self) -> int:
+        return int(self.lines[-1]["step"])
+
+
+def read(workdir: str) -> Run:
+    """The run of a workdir that has logged something."""
+    config = checkpoint.read_config(workdir)
+    if config is None:
+        raise UserError(f"--workdir {workdir}: holds no run; give the folder that `alice_jax.train --workdir` wrote")
+    lines = metrics.read(workdir)
+    if not lines:
+        raise UserError(f"--workdir {workdir}: nothing in its metrics.jsonl yet; let the run log its first steps")
+    return Run(workdir, ConfigDict(config), lines, coverage.read(workdir).get("counts", {}))
+
+
+def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric; NaN where the run logged a number that is not finite."""
+    found = [(line["step"], math.nan if line[name] is None else line[name]) for line in run.lines if name in line]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps, float), np.array(values, float)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curve_sections(run: Run) -> list[Section]:
+    """All metrics as small charts."""
+    names = sorted({name.removeprefix(HELD_OUT) for line in run.lines for name in line} - {"step"})
+    left, sections = names, []
+    for title, pattern, note in GROUPS:
+        mine = [name for name in left if re.match(pattern, name)]
+        left = [name for name in left if name not in mine]
+        parts = [page.picture(draw_curves(run, mine), note, alt=title)] if mine else []
+        if title.startswith("Views") and run.counts:
+            caption = f"How often each of {len(run.counts)} training scans has been used, up to the last checkpoint."
+            parts.append(page.picture(draw_coverage(run.counts), caption))
+        if parts:
+            sections.append(Section(title, parts))
+    return sections
+
+
+def draw_curves(run: Run, names: Sequence[str], columns: int = 4) -> bytes:
+    """A PNG with a chart for each metric over the steps."""
+    rows = -(-len(names) // columns)
+    figure = figures.new_figure(12, 2.1 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    height = 2.1 * rows
+    figure.subplots_adjust(left=0.045, right=0.99, bottom=0.28 / height, top=1 - 0.3 / height, wspace=0.24, hspace=0.42)
+    for axes, name in zip(panels.flat, names, strict=False):
+        figures.style(axes, name)
+        steps, values = series(run, name)
+        axes.plot(steps, values, color=figures.BLUE, linewidth=1.3, marker="." if len(steps) < 3 else None)
+        held_steps, held = series(run, HELD_OUT + name)
+        axes.plot(held_steps, held, color=figures.ORANGE, marker="o", markersize=3, linewidth=0.8)
+        if name.startswith("teacher_entropy"):
+            for limit in (0, math.log(run.config.model.prototypes)):
+                axes.axhline(limit, color=figures.INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        if name in LOGARITHMIC and np.nanmin(values, initial=np.inf) > 0:
+            axes.set_yscale("log")
+        axes.ticklabel_format(axis="x", useOffset=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    return figures.png(figure)
+
+
+def draw_coverage(counts: dict[str, int]) -> bytes:
+    """A PNG with a bar for each scan, unused ones red."""
+    ids = list(counts)[:SHOWN_SCANS]
+    used = np.array([counts[id] for id in ids])
+    figure = figures.new_figure(12, 2.6)
+    axes = figure.add_axes((0.045, 0.42, 0.945, 0.54))
+    figures.style(axes)
+    axes.bar(
+        range(len(ids)), np.maximum(used, 0.02 * max(used.max(), 1)), color=np.where(used, figures.BLUE, figures.RED)
+    )
+    axes.set_xlim(-0.6, max(len(ids), FEWEST_SLOTS) - 0.4)
+    step = -(-len(ids) // 60)
+    axes.set_xticks(range(0, len(ids), step), ids[::step], rotation=90, fontsize=7)
+    return figures.png(figure)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def reconstruction_section(run: Run, task: tasks.Task) -> Section:
+    """What the student of the newest checkpoint makes of a masked pair of crops, held out if any is."""
+    if not run.config.loss.reconstruction:
+        return Section("Reconstruction", [page.text("loss.reconstruction is 0: nothing is reconstructed.")])
+    try:
+        _, state = checkpoint.restore_arrays(run.workdir)
+    except UserError as error:
+        return Section("Reconstruction", [page.text(str(error))])
+    scans, sampler, whose = task.scans, task.sampler, "training"
+    if task.validation_sampler is not None:
+        scans, sampler, whose = task.validation_scans, task.validation_sampler, "held-out"
+    sample = first_samples(run, sampler, scans)[0]
+    made = reconstruct(run.config, state, sample)
+    names = [scans[i] for i in sample["meta"]["scans"]]
+    square = float(np.mean((made - sample["volumes"][..., 0])[_hidden_voxels(sample)] ** 2))
+    caption = (
+        f"The first {whose} pair after step {int(state['step'])}, windowed as the network sees it. Mean squared error "
+        f"of the hidden voxels: {square:.4f}."
+    )
+    return Section("Reconstruction", [page.picture(draw_reconstruction(sample, made, names), caption)])
+
+
+def first_samples(run: Run, sampler: Sampler, scans: Sequence[str]) -> Samples:
+    """The samples of a run."""
+    return Samples(sampler, len(scans), run.config.seed, run.config.batch_size, run.config.steps)
+
+
+def reconstruct(config: ConfigDict, state: dict[str, Any], sample: Sample) -> np.ndarray:
+    """(2, depth, height, width): the student's reconstruction of a sample's two masked crops."""
+    networks = dataclasses.replace(tasks.alice_networks(config), weights=alice.Weights(0, 0, 1))
+    batch = {name: sample[name][None] for name in ("volumes", "hidden")}
+    # One evaluation: on a CPU, compiling with optimisation would take longer than what it saves.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    forward = jax.jit(
+        lambda params, extra, batch: networks.forward(params, extra, batch, jax.random.key(0), False).reconstruction,
+        compiler_options=options,
+    )
+    return np.asarray(forward(state["params"], state["extra"], batch), np.float32)[..., 0]
+
+
+def _hidden_voxels(sample: Sample) -> np.ndarray:
+    """(2, depth, height, width) bool from the mask's cells."""
+    hidden, shape = sample["hidden"], sample["volumes"].shape[1:4]
+    for axis, size in enumerate(shape, start=1):
+        hidden = hidden.repeat(size // hidden.shape[axis], axis=axis)
+    return hidden
+
+
+def draw_reconstruction(sample: Sample, made: np.ndarray, names: Sequence[str]) -> bytes:
+    """A PNG: both crops, what the student sees of them, and what it makes of that."""
+    volumes = sample["volumes"][..., 0]
+    seen = np.where(_hidden_voxels(sample), np.nan, volumes)
+    sheet = planes.Sheet(3, max(volumes.shape[1:]))
+    for row, (words, pair) in enumerate((("crop", volumes), ("what the student sees", seen), ("reconstruction", made))):
+        for side in range(2):
+            sheet.heading(row, 3 * side, f"{names[side]}: {words}" if row == 0 else words, bold=row == 0)
+            for i, plane in enumerate(planes.PLANES):
+                cut = planes.whole(volumes.shape[1:], plane, np.array(volumes.shape[1:]) // 2, (1, 1, 1))
+                sheet.show(row, 3 * side + i, cut.of(pair[side]), cut)
+    return sheet.png()
+
+
+def views_section(run: Run, task: tasks.Task, count: int = 3) -> Section:
+    """The first samples of an embedder: two views of one scan, a shared place marked in both."""
+    sampler = task.sampler
+    assert isinstance(sampler, EmbedderSampler)
+    samples = first_samples(run, sampler, task.scans)
+    count = min(count, len(samples))
+    sheet = planes.Sheet(count, max(sampler.shape_zyx))
+    for row in range(count):
+        sample = samples[row]
+        volumes, pairs = sample["volumes"][..., 0], int(sample["meta"]["pairs"])
+        sheet.heading(row, 0, task.scans[int(sample["meta"]["scans"][0])], bold=True)
+        sheet.note(row, f"{pairs} shared places", figures.SOFT if pairs else figures.RED)
+        low, high = np.percentile(volumes, (1, 99.5))
+        for side in range(2):
+            cell = np.array(np.unravel_index(sample["pairs"][side, 0], sampler.grid_zyx))
+            point = (cell + 0.5) * sampler.fine_stride_zyx - 0.5
+            for i, plane in enumerate(planes.PLANES):
+                cut = planes.whole(volumes.shape[1:], plane, point, (1, 1, 1))
+                sheet.show(row, 3 * side + i, (cut.of(volumes[side]) - low) / max(high - low, 1e-6), cut)
+                if pairs:
+                    sheet.cross(row, 3 * side + i, cut, point)
+    caption = f"The first {count} samples: two distorted views of one scan. Yellow: a place that both show."
+    return Section("Views", [page.picture(sheet.png(), caption)])
+
+
+# ---------------------------------------------------------------- setup
+
+
+def setup_section(run: Run) -> Section:
+    """Configuration and versions."""
+    versions = [("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            versions.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    parts = [
+        page.text(f"Run in {os.path.abspath(run.workdir)}; this page was made on {devices}, {platform.platform()}."),
+        page.folded("Configuration", page.plain(json.dumps(run.config.to_dict(), indent=2))),
+        page.folded("Versions (of the programs that made this page)", page.table(("", ""), versions)),
+    ]
+    return Section("Setup", parts)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def checks(run: Run) -> list[Check]:
+    """What can be judged from the log."""
+    config, found = run.config, []
+    progress = f"step {run.step} of {config.steps}"
+    found.append(Check("good" if run.step >= config.steps else "look", "The run is finished", progress))
+    _, loss = series(run, "loss")
+    if len(loss) > 1:
+        tenth = max(1, len(loss) // 10)
+        first, last = np.nanmean(loss[:tenth]), np.nanmean(loss[-tenth:])
+        found.append(Check("good" if last < first else "bad", "The loss falls", f"from {first:.3g} to {last:.3g}"))
+    broken = sum(value is None for line in run.lines for value in line.values())
+    if broken:
+        found.append(Check("bad", "All numbers are finite", f"{broken} logged values are not"))
+    for name, words in (("teacher_entropy", "global"), ("teacher_entropy_tokens", "tokens")):
+        _, values = series(run, name)
+        if len(values):
+            most = math.log(config.model.prototypes)
+            share = values[-1] / most
+            level = "good" if 0.05 < share < 0.98 else "look" if 0.02 < share < 0.995 else "bad"
+            text = f"entropy {values[-1]:.2f}, of 0 (one certain prototype) to {most:.2f} (all alike)"
+            found.append(Check(level, f"No collapse, {words}", text))
+    if run.counts:
+        found.append(_coverage_check(run))
+    _, weak = series(run, "views/weak")
+    if len(weak):
+        level = "good" if weak.mean() <= 0.05 else "look" if weak.mean() <= 0.3 else "bad"
+        redraws = series(run, "views/redraws")[1].mean()
+        text = f"{weak.mean():.1%} of the pairs are weak; {redraws:.1f} redrawn on average"
+        found.append(Check(level, "Pairs were matched", text))
+    steps, wait = series(run, "data_wait_s")
+    step_time = series(run, "step_time_s")[1]
+    if len(steps) > 1:  # the first line holds the compilation
+        share = wait[1:].sum() / step_time[1:].sum()
+        level = "good" if share < 0.3 else "look" if share < 0.7 else "bad"
+        text = f"{share:.0%} of a step of {np.median(step_time[1:]):.3g} s is spent waiting for data"
+        found.append(Check(level, "The loader keeps up", text))
+    return found
+
+
+def _coverage_check(run: Run) -> Check:
+    """Each epoch has every scan once, so after one epoch none may be missing."""
+    used, number = sum(count > 0 for count in run.counts.values()), len(run.counts)
+    expected = min(number, run.config.batch_size * coverage.read(run.workdir)["step"])
+    most, least = max(run.counts.values()), min(run.counts.values())
+    text = f"{used} of {number} training scans, {least} to {most} times"
+    return Check("good" if used >= expected else "bad", "Scans are used", text)

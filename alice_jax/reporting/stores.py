@@ -1,0 +1,232 @@
+"""The sections of a store: its scans, the pairs mined from them, and what the embedder makes of a body."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from alice_jax.data import cohort, embeddings, geometry, matching
+from alice_jax.data.scan import Scan
+from alice_jax.data.store import Store
+from alice_jax.reporting import figures, page, planes
+from alice_jax.reporting.page import Check, Section
+from alice_jax.reporting.pairs import Pair, draw_pairs, draw_statistics
+
+SHEET_SCANS, PCA_SCANS, TABLE_SCANS, READ_SCANS = 24, 4, 200, 24
+SLAB_MM = 32.0
+FIT_CELLS = 3000  # of each scan, for the principal components
+
+
+def spread(ids: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, evenly taken.
+
+    >>> spread(["a", "b", "c", "d"], 2)
+    ['a', 'c']
+    """
+    count = min(count, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
+
+
+# ---------------------------------------------------------------- scans
+
+
+def cohort_section(store: Store) -> Section:
+    """Every scan from the front and from its side, and their numbers."""
+    ids = store.ids()
+    scans = [store.scan(id) for id in spread(ids, TABLE_SCANS)]
+    shown = spread(ids, SHEET_SCANS)
+    caption = (
+        f"{len(shown)} of {len(ids)} scans: mean of {SLAB_MM:.0f} mm through the middle of the body, from the front "
+        "and from the patient's left. Heads are up, livers on the left and hearts on the right; in the side views "
+        "spines are on the right. A picture that differs has a wrong axis, and one of odd proportions a wrong spacing."
+    )
+    rows = [_row(store, scan, i < READ_SCANS) for i, scan in enumerate(scans)]
+    header = ("scan", "shape z, y, x", "field of view mm", "file's spacing mm", "file's axes", "HU 1, 50, 99 %")
+    of = f" of {len(ids)}" if len(scans) < len(ids) else ""
+    parts = [
+        page.picture(draw_bodies(store, shown), caption),
+        page.plain(cohort.summary(store, scans)),
+        page.folded(f"{len(scans)}{of} scans", page.table(header, rows)),
+    ]
+    return Section("Scans", parts)
+
+
+def _row(store: Store, scan: Scan, read: bool) -> tuple[str, ...]:
+    size = np.array(scan.shape_zyx) * scan.spacing_zyx_mm
+    affine = scan.original.get("affine_ras")
+    spacing = "" if affine is None else " × ".join(f"{s:.2f}" for s in geometry.spacing_xyz(np.array(affine)))
+    known = scan.extra.get("hu")
+    percentiles = [known[name] for name in ("p1", "p50", "p99")] if known else []
+    if read and not known:
+        percentiles = np.percentile(store.read_volume(scan.id)[::2, ::2, ::2], (1, 50, 99))
+    return (
+        scan.id,
+        " × ".join(map(str, scan.shape_zyx)),
+        " × ".join(f"{s:.0f}" for s in size),
+        spacing,
+        str(scan.original.get("axcodes", "")),
+        ", ".join(f"{p:.0f}" for p in percentiles),
+    )
+
+
+def draw_bodies(store: Store, ids: Sequence[str], columns: int = 6) -> bytes:
+    """A PNG with two slabs of each scan in true proportions, each scan as large as its cell allows."""
+    gap, label = 0.015, 0.11  # in cells
+    slabs = [[_slab(store, store.scan(id), plane) for plane in planes.PLANES[1:]] for id in ids]
+    scales = [
+        min(1.1 / max(height for _, (height, _) in pair), (1 - 3 * gap) / sum(width for _, (_, width) in pair))
+        for pair in slabs
+    ]
+    heights = [scale * max(height for _, (height, _) in pair) for scale, pair in zip(scales, slabs, strict=True)]
+    rows = [max(heights[i : i + columns]) + label + gap for i in range(0, len(ids), columns)]
+    figure = figures.new_figure(12, 12 * sum(rows) / columns)
+    axes = figure.add_axes((0, 0, 1, 1))
+    for i, (id, pair, scale) in enumerate(zip(ids, slabs, scales, strict=True)):
+        top, left = sum(rows[: i // columns]) + label, i % columns + gap
+        axes.text(left, top - 0.02, _short(id), fontsize=9.5, color=figures.INK, va="bottom")
+        for picture, (height, width) in pair:
+            extent = (left, left + width * scale, top + height * scale, top)
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="bilinear")
+            left += width * scale + gap
+    axes.set(xlim=(0, columns), ylim=(sum(rows), 0))
+    axes.set_axis_off()
+    return figures.png(figure)
+
+
+def _slab(store: Store, scan: Scan, plane: planes.Plane) -> tuple[np.ndarray, tuple[float, float]]:
+    """The mean of a slab through the middle of the body, and its height and width in mm."""
+    spacing, shape = np.array(scan.spacing_zyx_mm), np.array(scan.shape_zyx)
+    thick = max(1, round(SLAB_MM / spacing[plane.normal]))
+    start = np.zeros(3, int)
+    start[plane.normal] = np.mean(scan.foreground_box_zyx_vox, axis=0)[plane.normal] - thick / 2
+    shape[plane.normal] = thick
+    picture = planes.tone(store.read_crop(scan.id, tuple(start), tuple(shape))).mean(axis=plane.normal)
+    height, width = (spacing * scan.shape_zyx)[[plane.down, plane.right]]
+    return picture[::-1], (height, width)
+
+
+def _short(id: str, length: int = 26) -> str:
+    return id if len(id) <= length else f"{id[: length - 1]}…"
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def pairs_section(
+    store: Store, pairs: Sequence[Pair], count: int, threshold: float | None, crop_shape_zyx: Sequence[int], whose: str
+) -> Section:
+    """The first pairs, unselected, then the extremes of all.
+
+    Args:
+      pairs: from the first one on.
+      threshold: from which a match is accepted; None where nothing is matched.
+      whose: what these are the first pairs of.
+    """
+    legend = "Yellow: the point of the query, and its match in the key. Blue: the crop."
+    if any("phantom" in store.scan(id).extra for id in pairs[0].ids):
+        legend += " Green: the true place of the point."
+    first = pairs[:count]
+    parts = [
+        page.text(f"The first {len(first)} pairs of {whose}, unselected. {legend}"),
+        page.picture(draw_pairs(store, first, crop_shape_zyx), alt=f"The first {len(first)} pairs"),
+        page.table(
+            ("pair", "query", "point z, y, x", "key", "point z, y, x", "score", "redrawn", "weak"),
+            [
+                (
+                    pair.number + 1,
+                    pair.ids[0],
+                    ", ".join(map(str, pair.points_zyx_vox[0])),
+                    pair.ids[1],
+                    ", ".join(map(str, pair.points_zyx_vox[1])),
+                    f"{pair.score:.3f}",
+                    pair.redraws,
+                    "yes" if pair.weak else "",
+                )
+                for pair in first
+            ],
+        ),
+        page.picture(
+            draw_statistics(store, pairs, threshold),
+            f"The first {len(pairs)} pairs. Where the points lie in the two bodies' boxes: along the diagonal the "
+            "axes agree; along the other one an axis is flipped; a cloud means bad matches or very different fields "
+            "of view.",
+        ),
+    ]
+    accepted = sorted((pair for pair in pairs if not pair.weak), key=lambda pair: -pair.score)
+    weak = sorted((pair for pair in pairs if pair.weak), key=lambda pair: -pair.score)
+    if threshold is not None:
+        extremes = [*accepted[:1], *(accepted[-2:] if len(accepted) > 2 else accepted[1:]), *weak[:1]]
+        words = f"The best and the two worst accepted of the first {len(pairs)} pairs"
+        words += ", and the best of the weak ones." if weak else "; none is weak."
+        parts += [page.text(words), page.picture(draw_pairs(store, extremes, crop_shape_zyx), alt="Extremes")]
+    return Section("Pairs", parts)
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def embedded(store: Store) -> list[str]:
+    """The scans that the store's embedder has embedded."""
+    codec = embeddings.read_codec(store)
+    return [] if codec is None else [id for id in store.ids() if embeddings.embedded_by(store, id) == codec.hash]
+
+
+def embedding_check(store: Store, done: Sequence[str]) -> Check:
+    codec, count = embeddings.read_codec(store), len(store.ids())
+    name = "" if codec is None else f" by the embedder {codec.embedder[:12]}"
+    level = "good" if len(done) == count else "bad" if done else "look"
+    return Check(level, "Scans are embedded", f"{len(done)} of {count}{name}")
+
+
+def embeddings_section(store: Store, ids: Sequence[str]) -> Section:
+    """The same place of a few bodies, with the vectors' three principal components as colours."""
+    shown = spread(ids, PCA_SCANS)
+    caption = (
+        "Red, green and blue are the three main directions of the vectors, the same in all scans: like anatomy has "
+        "like colours, and body and colours have one outline. The planes go through the middle of the first body "
+        "and through its matches in the others."
+    )
+    return Section("Embeddings", [page.picture(draw_components(store, shown), caption)])
+
+
+def draw_components(store: Store, ids: Sequence[str]) -> bytes:
+    """A PNG with a row for each scan: three planes, and the same of the embedding's principal components."""
+    reader = embeddings.EmbeddingReader(store)
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([rng.choice(reader(id).keys, FIT_CELLS) for id in ids])
+    mean = vectors.mean(axis=0)
+    directions = np.linalg.svd(vectors - mean, full_matrices=False)[2][:3].T
+    low, high = np.percentile((vectors - mean) @ directions, (2, 98), axis=0)
+
+    scans = [store.scan(id) for id in ids]
+    sheet = planes.Sheet(len(ids), planes.fitting_field_mm(scans, least=200, most=440))
+    middle = np.mean(scans[0].foreground_box_zyx_vox, axis=0)[None]
+    for row, (id, scan) in enumerate(zip(ids, scans, strict=True)):
+        embedding = reader(id)
+        point = middle[0] if row == 0 else matching.match(reader(ids[0]), middle, embedding).points_zyx_vox[0]
+        sheet.heading(row, 0, id, bold=True)
+        for i, plane in enumerate(planes.PLANES):
+            cut = planes.window(scan, plane, point, sheet.field_mm)
+            sheet.show(row, i, planes.read(store, id, cut), cut)
+            voxels = np.stack(np.meshgrid(*map(np.arange, cut.shape_zyx), indexing="ij"), axis=-1) + cut.start_zyx_vox
+            colors = np.zeros((*cut.shape_zyx, 3))
+            inside = ((voxels >= 0) & (voxels < scan.shape_zyx)).all(axis=-1)
+            cells = matching.cell_of_points(voxels[inside], embedding.codec.fine.stride_zyx_vox, embedding.grid_zyx)
+            colors[inside] = _colors(embedding, cells, mean, directions, low, high)
+            sheet.show(row, 3 + i, cut.turned(colors), cut)
+    return sheet.png()
+
+
+def _colors(
+    embedding: embeddings.Embedding,
+    cells_zyx: np.ndarray,
+    mean: np.ndarray,
+    directions: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> np.ndarray:
+    """(n, 3) colours of fine cells (n, 3), black outside the body."""
+    wanted = np.ravel_multi_index(tuple(cells_zyx.T), embedding.grid_zyx)
+    row = np.minimum(np.searchsorted(embedding.body, wanted), len(embedding.body) - 1)
+    colors = np.clip(((embedding.keys[row] - mean) @ directions - low) / (high - low), 0, 1)
+    colors[embedding.body[row] != wanted] = 0
+    return colors
