@@ -61,6 +61,8 @@ def _outlier_lines(scans: Sequence[Scan], values: dict[str, np.ndarray]) -> list
     notes: dict[str, list[str]] = collections.defaultdict(list)
     for name, (_, worth_naming) in MEASURES.items():
         column = values[name]
+        if not np.isfinite(column).any():
+            continue
         median = np.nanmedian(column)
         # A cohort of nearly equal scans must not make a hair's breadth an outlier, hence the five percent.
         scale = max(1.4826 * float(np.nanmedian(np.abs(column - median))), 0.05 * abs(float(median)), 1e-6)
