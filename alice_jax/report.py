@@ -48,7 +48,7 @@ def preview(store: Store, only: Sequence[str] = (), seed: int = 0) -> Samples:
       samples = preview(store)
       png = draw_pairs(store, first_pairs(samples, 6), CROP_SHAPE_ZYX)
     """
-    scan_ids = tuple(only) or tasks.split(store.ids(), VALIDATION_FRACTION, at_least=2)[0]
+    scan_ids = tuple(dict.fromkeys(only)) or tasks.split(store.ids(), VALIDATION_FRACTION, at_least=2)[0]
     sampler = PairSampler(store, EmbeddingReader(store), scan_ids, CROP_SHAPE_ZYX, MASK_GRID)
     return Samples(sampler, len(scan_ids), seed, global_batch=1, steps=ENDLESS)
 
@@ -83,7 +83,7 @@ def write_report(
         raise UserError(f"--pairs {pairs}: give a whole number from 1 to {MOST_PAIRS}")
     run = None if workdir is None else runs.read(workdir)
     opened, lost = _open(store, run)
-    task = tasks.make(run.config, opened) if run and opened else None
+    task = _task(run, opened) if run and opened else None
     samples = _pair_samples(opened, task, run, only, seed) if opened else None
     if path.suffix == ".png":
         if opened is None or samples is None:
@@ -121,6 +121,13 @@ def _open(store: str | None, run: runs.Run | None) -> tuple[Store | None, str]:
         return None, f"{error}; if it has moved, name it by --store"
 
 
+def _task(run: runs.Run, store: Store) -> tasks.Task:
+    try:
+        return tasks.make(run.config, store)
+    except (AttributeError, KeyError) as error:  # a field that is not there
+        raise UserError(f"--workdir {run.workdir}: its config.json is not of this version ({error})") from error
+
+
 def _pair_samples(
     store: Store, task: tasks.Task | None, run: runs.Run | None, only: Sequence[str], seed: int | None
 ) -> Samples | None:
@@ -130,7 +137,7 @@ def _pair_samples(
         wrong = f"{missing[0]}: not in the store {store.path}" if missing else f"{only[0]}: a pair needs two scans"
         raise UserError(f"--only {wrong}; give ids such as {', '.join(store.ids()[:3])}")
     if task and run and isinstance(task.sampler, PairSampler):
-        sampler = dataclasses.replace(task.sampler, scan_ids=tuple(only) or task.scans)
+        sampler = dataclasses.replace(task.sampler, scan_ids=tuple(dict.fromkeys(only)) or task.scans)
         samples = Samples(sampler, len(sampler.scan_ids), run.config.seed, run.config.batch_size, ENDLESS)
     else:
         samples = preview(store, only)

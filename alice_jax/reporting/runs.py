@@ -66,6 +66,9 @@ def read(workdir: str) -> Run:
     config = checkpoint.read_config(workdir)
     if config is None:
         raise UserError(f"--workdir {workdir}: holds no run; give the folder that `alice_jax.train --workdir` wrote")
+    missing = [name for name in ("objective", "seed", "steps", "batch_size", "data", "model") if name not in config]
+    if missing:
+        raise UserError(f"--workdir {workdir}: its config.json lacks {', '.join(missing)}; restore it")
     lines = metrics.read(workdir)
     if not lines:
         raise UserError(f"--workdir {workdir}: nothing in its metrics.jsonl yet; let the run log its first steps")
@@ -152,7 +155,7 @@ def reconstruction_section(run: Run, task: tasks.Task) -> Section:
     scans, sampler, whose = task.scans, task.sampler, "training"
     if task.validation_sampler is not None:
         scans, sampler, whose = task.validation_scans, task.validation_sampler, "held-out"
-    sample = first_samples(run, sampler, scans)[0]
+    sample = samples_of(run, sampler, scans)[0]
     made = reconstruct(run.config, state, sample)
     names = [scans[i] for i in sample["meta"]["scans"]]
     square = float(np.mean((made - sample["volumes"][..., 0])[_hidden_voxels(sample)] ** 2))
@@ -163,7 +166,7 @@ def reconstruction_section(run: Run, task: tasks.Task) -> Section:
     return Section("Reconstruction", [page.picture(draw_reconstruction(sample, made, names), caption)])
 
 
-def first_samples(run: Run, sampler: Sampler, scans: Sequence[str]) -> Samples:
+def samples_of(run: Run, sampler: Sampler, scans: Sequence[str]) -> Samples:
     """The samples of a run."""
     return Samples(sampler, len(scans), run.config.seed, run.config.batch_size, run.config.steps)
 
@@ -207,7 +210,7 @@ def views_section(run: Run, task: tasks.Task, count: int = 3) -> Section:
     """The first samples of an embedder: two views of one scan, a shared place marked in both."""
     sampler = task.sampler
     assert isinstance(sampler, EmbedderSampler)
-    samples = first_samples(run, sampler, task.scans)
+    samples = samples_of(run, sampler, task.scans)
     count = min(count, len(samples))
     sheet = planes.Sheet(count, max(sampler.shape_zyx))
     for row in range(count):

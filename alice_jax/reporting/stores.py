@@ -139,7 +139,7 @@ def pairs_section(
                     ", ".join(map(str, pair.points_zyx_vox[1])),
                     f"{pair.score:.3f}",
                     pair.redraws,
-                    "yes" if pair.weak else "",
+                    "yes" if pair.weak else "no",
                 )
                 for pair in first
             ],
