@@ -152,6 +152,7 @@ def draw_statistics(store: Store, pairs: Sequence[Pair], threshold: float | None
         edges = threshold + width * np.arange(np.floor((scores.min() - threshold) / width), 2 + (1 - threshold) / width)
         panels[0].hist([scores[~weak], scores[weak]], edges, stacked=True, color=[figures.BLUE, figures.RED])
         panels[0].axvline(threshold, color=figures.INK, linewidth=1, linestyle=(0, (4, 3)))
+        panels[0].locator_params(axis="x", nbins=6)
         panels[0].set_xlabel("dashed: threshold; red: weak", fontsize=8, color=figures.SOFT)
     places = relative_places(store, pairs)
     for axis, (axes, (words, _)) in enumerate(zip(panels[1:], reversed(AXES), strict=True)):
