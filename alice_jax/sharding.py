@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alice_jax import train_state
 from alice_jax.errors import UserError
-from alice_jax.objectives import Objective
+from alice_jax.objectives import Batch, Objective
 from alice_jax.train_state import TrainState
 
 Tree = Any
@@ -81,7 +81,7 @@ def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict
     if mesh.devices.flat[0].platform == "cpu":  # runs once: compiling it is most of the work
         options = {"xla_backend_optimization_level": 0}
 
-    def init(batch: dict[str, np.ndarray]) -> TrainState:
+    def init(batch: Batch) -> TrainState:
         return train_state.create(objective, seed, batch)
 
     return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)

@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, sharding, tasks, train_state
+from alice_jax import builtin, checkpoint, cli, report, sharding, tasks, train_state
 from alice_jax.coverage import Coverage
 from alice_jax.data import pipeline
 from alice_jax.data.store import Store
@@ -142,12 +142,20 @@ def built_in_store(config: ConfigDict) -> str:
 
 
 def conclude(config: ConfigDict, workdir: str) -> None:
-    """Says where everything lies."""
+    """Writes the report and says where everything lies; for one process."""
+    if jax.process_index():
+        return
     if config.objective == "alice" and not config.data.store and config.views.kind == "mined":
         say(f"matching by the embedder that mined the pairs: {builtin.matching_summary()}")
     workdir = os.path.abspath(workdir)
-    say(f"finished {config.steps} steps")
-    for what, name in (("weights", "checkpoints"), ("logs", "metrics.jsonl"), ("TensorBoard", "tensorboard")):
+    files = {"weights": "checkpoints", "logs": "metrics.jsonl", "TensorBoard": "tensorboard", "report": "report.html"}
+    say(f"finished {config.steps} steps; writing the report")
+    try:
+        report.write_report(os.path.join(workdir, files["report"]), workdir=workdir)
+    except UserError as error:  # the run itself is complete and saved
+        say(f"no report: {error}")
+        del files["report"]
+    for what, name in files.items():
         say(f"  {what:12}{os.path.join(workdir, name)}")
 
 

@@ -30,6 +30,11 @@ def test_rate_never_rises_after_the_warmup_of_the_paper_recipe():
     assert np.all(np.diff(values[:100]) > 0) and np.all(np.diff(values[100:]) < 0)
 
 
+def test_a_run_shorter_than_its_warmup_only_rises():
+    values = schedules.warmup_cosine(np.arange(10), 1.0, 0.0, total=10, warmup=30)
+    assert np.all(np.diff(values) > 0) and values[-1] < 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "steps"),
     [("500 steps", 500), ("1 step", 1), ("2 epochs", 14), ("10 %", 100), ("2.5%", 25), ("50 epochs, 10 %", 100)],

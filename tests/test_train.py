@@ -101,6 +101,18 @@ def run_until(config, workdir, step):
         metrics.Metrics.step = log
 
 
+def test_validating_often_leaves_training_as_it_is(finished, store, tmp_path):
+    # The release stays in evaluation mode after its first validation, and validation moves its centers.
+    workdir = str(tmp_path)
+    assert train.run(small(store, validate_every=1), workdir) == 0
+    assert_same(state_of(workdir), state_of(finished))
+
+
+def test_every_training_scan_is_used(finished):
+    assert metrics.read(finished)[-2]["coverage/share"] == 1.0
+    assert min(coverage_of(finished)["counts"].values()) >= 8  # as the query alone, 8 of 32 samples
+
+
 def test_a_finished_run_is_left_as_it_is(finished, store):
     before = without_times(finished)
     assert train.run(small(store), finished) == 0

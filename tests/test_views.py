@@ -122,3 +122,10 @@ def test_points_lie_in_the_body_and_reach_all_of_it(tmp_path):
     first = {(z, y, x) for z in (2, 3) for y in (4, 5) for x in (6, 7)}
     second = {(6, y, x) for y in (0, 1) for x in (0, 1)}  # the volume ends inside this cell
     assert points == first | second
+
+
+def test_mining_reads_no_whole_volume(sampler, scores, monkeypatch):
+    # The release opens and decompresses the file three times for each match that it tries.
+    monkeypatch.setattr(Store, "read_volume", lambda *_: pytest.fail("a volume was read"))
+    scores.give([0.1] * 9)
+    assert sampler(0, rng(), rng(1))["meta"]["weak"]
