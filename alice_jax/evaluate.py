@@ -34,10 +34,10 @@ def matching_errors(store: Store, ids: Sequence[str], n_points: int, rng: np.ran
     for id_a, id_b in zip(ids, [*ids[1:], ids[0]], strict=True):
         a, b = store.scan(id_a), store.scan(id_b)
         points, truth = phantom.shared_points(phantom.patient_of(a), phantom.patient_of(b), n_points, rng)
-        boxes = a.foreground_box_zyx_vox, b.foreground_box_zyx_vox
+        boxes = np.array(a.foreground_box_zyx_vox), np.array(b.foreground_box_zyx_vox)
         found = {
             "embedder": matching.match(reader(id_a), points, reader(id_b)).points_zyx_vox,
-            "baseline": matching.relative_position(points, *boxes),
+            "baseline": matching.relative_position(points, boxes[0], boxes[1]),
         }
         for name, value in found.items():
             errors[name].append(np.linalg.norm((value - truth) * np.array(b.spacing_zyx_mm), axis=1))

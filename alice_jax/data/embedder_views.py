@@ -8,6 +8,7 @@ store position centre + A (u − middle) + bend(u); both ends of a pair are cell
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class View:
     matrix: np.ndarray
     bend: SplineField | None
 
-    def positions(self, axes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+    def positions(self, axes: Sequence[np.ndarray]) -> np.ndarray:
         """(3, z, y, x) store positions of the grid that the three axes of view coordinates span, fp32."""
         middle = (np.array(self.shape_zyx) - 1) / 2
         offsets = [(axis - m).astype(np.float32) for axis, m in zip(axes, middle, strict=True)]

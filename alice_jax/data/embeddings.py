@@ -275,7 +275,7 @@ def body_cells(foreground: np.ndarray, grid_zyx: Triple, stride_zyx_vox: Triple)
     cut = foreground[tuple(slice(n) for n in wanted)]
     cut = np.pad(cut, [(0, n - have) for n, have in zip(wanted, cut.shape, strict=True)])
     (z, y, x), (fz, fy, fx) = grid_zyx, factors
-    return cut.reshape(z, fz, y, fy, x, fx).any(axis=(1, 3, 5))
+    return np.any(cut.reshape(z, fz, y, fy, x, fx), axis=(1, 3, 5))
 
 
 def write_embedding(store: Store, id: str, codec: Codec, fine: np.ndarray, coarse: np.ndarray) -> None:

@@ -199,7 +199,7 @@ def strides_zyx(model: Embedder) -> tuple[Triple, Triple]:
     steps = np.array(model.stage_strides_zyx)
     first = np.array(model.stem_stride_zyx) * np.array((model.depth_pool, 1, 1))
     fine, coarse = steps[0] * first, steps.prod(axis=0) * first
-    return tuple(int(n) for n in fine), tuple(int(n) for n in coarse)
+    return tuple(fine.tolist()), tuple(coarse.tolist())
 
 
 def receptive_radius_zyx(model: Embedder) -> Triple:
@@ -214,4 +214,4 @@ def receptive_radius_zyx(model: Embedder) -> Triple:
             reach = reach + (np.array((model.depth_pool, 1, 1)) - 1) * step
             step = step * np.array((model.depth_pool, 1, 1))
     reach = reach + 2 * step  # the 3³ convolution of the coarse head
-    return tuple(int(n) for n in -(-reach // 2))
+    return tuple((-(-reach // 2)).tolist())
