@@ -82,7 +82,7 @@ def read_config(workdir: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"--workdir {workdir}: its config.json is damaged ({error}); restore it or choose another"

@@ -24,7 +24,7 @@ make_environment() {
   fi
   if ! grep -qxF "$stamp" .venv/installed 2>/dev/null; then
     echo "installing the project and requirements.txt into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
     echo "$stamp" >> .venv/installed
   fi
 }

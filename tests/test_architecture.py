@@ -22,7 +22,7 @@ ONLY_IN = {
 def imports(path: Path) -> set[str]:
     """All modules that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -34,7 +34,7 @@ def imports(path: Path) -> set[str]:
 
 def top_level_imports(path: Path) -> set[str]:
     """Only what importing the file itself imports."""
-    nodes = ast.parse(path.read_text()).body
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
 
@@ -64,5 +64,5 @@ PURE_MAY_IMPORT = ("models", "errors", "losses", "schedules")
 
 def test_no_file_is_too_long_and_none_is_a_drawer():
     for path in SOURCES:
-        assert len(path.read_text().splitlines()) <= 450, f"{path.name}: split it, one job per file"
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, f"{path.name}: split it, one job per file"
         assert path.name != "utils.py"

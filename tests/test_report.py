@@ -76,7 +76,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.open, self.headings, self.pictures, self.cells, self.addresses = [], [], [], [], []
-        self.source = path.read_text()
+        self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         assert not self.open
 
@@ -286,7 +286,7 @@ def test_a_run_without_its_store_or_checkpoints_is_still_shown(store, tmp_path):
     config = config_for(store)
     workdir = write_run(tmp_path / "early", config)
     report.write_report(tmp_path / "early.html", workdir=workdir, seconds=0)
-    assert "no checkpoint yet" in (tmp_path / "early.html").read_text()
+    assert "no checkpoint yet" in (tmp_path / "early.html").read_text(encoding="utf-8")
 
     config.unlock().data.store = str(tmp_path / "gone")
     workdir = write_run(tmp_path / "lost", config)
