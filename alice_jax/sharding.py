@@ -117,7 +117,7 @@ def compiled_step(
         ),
         out_shardings=everywhere,
     )
-    update = jax.jit(finish, out_shardings=everywhere, donate_argnums=(0, 1))
+    update = jax.jit(finish, out_shardings=everywhere, donate_argnums=0)
     numbers = jax.device_put(list(np.arange(parts)), everywhere)
 
     def step(state: TrainState, batch: list[dict[str, jax.Array]]):
