@@ -1,10 +1,19 @@
 """The edge of every command: a user's mistake becomes one line on stderr and exit code 1."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from alice_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command's arguments; a mistake in them is a `UserError` like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def run(main: Callable[[], int | None]) -> None:

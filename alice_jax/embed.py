@@ -214,7 +214,7 @@ def bytes_per_scan(store: Store) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alice_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", required=True, help="store of prepared scans")

@@ -71,7 +71,7 @@ def table(errors_mm: dict[str, np.ndarray]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, choices=["landmarks"])

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -52,10 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alice_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = complain  # type: ignore[method-assign]
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the folder of a pretraining run")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, replaced if it exists")
     parser.add_argument("--format", choices=["torch"], default="torch", help="of the file (default: torch)")
@@ -64,10 +63,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     return parser.parse_args(argv)
-
-
-def complain(message: str) -> NoReturn:
-    raise UserError(f"{message}; see --help")
 
 
 def backbone(

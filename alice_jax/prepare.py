@@ -63,14 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alice_jax.prepare",
         description="Prepares CT scans for training: validates each file, brings it to one orientation and spacing "
         "in Hounsfield units, and stores it compressed, in chunks.",
         epilog="Running the same command again continues and takes up changed files. Exit code: 0 if at least one scan "
         "is prepared (with --strict: and none quarantined), else 1.",
     )
-    parser.error = _complain  # type: ignore[method-assign, assignment]
     parser.add_argument(
         "--input",
         required=True,
@@ -91,10 +90,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: give at least 1")
     return args
-
-
-def _complain(message: str) -> None:
-    raise UserError(f"{message}; see --help")
 
 
 # -------------------------------------------------------------------- the work

@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from alice_jax import builtin, cli, tasks
 from alice_jax.data.embeddings import EmbeddingReader
@@ -208,10 +207,9 @@ def _write(path: Path, content: bytes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m alice_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = _complain  # type: ignore[method-assign]
     parser.add_argument("--store", metavar="DIR", help="a store with embeddings (default: the run's own)")
     parser.add_argument("--workdir", metavar="DIR", help="the folder of a run")
     parser.add_argument(
@@ -229,10 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = Path(args.out).stat().st_size / 1e6
     print(f"wrote {args.out}: {size:.1f} MB, {time.monotonic() - began:.0f} s")
     return 0
-
-
-def _complain(message: str) -> NoReturn:
-    raise UserError(f"{message}; see --help")
 
 
 if __name__ == "__main__":
