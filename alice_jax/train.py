@@ -25,9 +25,9 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, report, sharding, tasks, train_state
+from alice_jax import builtin, checkpoint, cli, provenance, report, sharding, tasks, train_state
 from alice_jax.coverage import Coverage
-from alice_jax.data import pipeline
+from alice_jax.data import embeddings, pipeline
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.metrics import Metrics
@@ -71,6 +71,9 @@ def run(config: ConfigDict, workdir: str) -> int:
     else:
         state = checkpoints.restore(start, sharding.described(jax.eval_shape(init, example), mesh))
         say(f"resuming at step {start} of {config.steps}")
+    if jax.process_index() == 0:
+        codec = embeddings.read_codec(store)
+        provenance.record(workdir, start, None if codec is None else codec.embedder)
     train_step = sharding.compiled_step(task.objective, key, mesh, parts)
     eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
 

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from builders import noise_store
 
-from alice_jax import checkpoint, metrics, train
+from alice_jax import checkpoint, metrics, provenance, train
 from alice_jax.coverage import read as coverage_of
 from alice_jax.errors import UserError
 from configs import embedder, pretrain
@@ -83,6 +83,7 @@ def test_the_same_seed_gives_the_same_numbers_and_stopping_between_changes_none(
     assert train.run(small(store), stopped) == 0
     assert_same(state_of(stopped), state_of(finished))
     assert without_times(stopped) == without_times(finished)
+    assert [entry["step"] for entry in provenance.read(stopped)] == [0, 2]
 
 
 def run_until(config, workdir, step):
