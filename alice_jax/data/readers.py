@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -32,18 +32,24 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it prints what
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
+Convert = Callable[[np.ndarray, float, float], np.ndarray]
+
+
 @dataclasses.dataclass(frozen=True)
 class Image:
     """A CT as its file has it."""
 
-    hu_ijk: np.ndarray  # int16 Hounsfield units
+    hu_ijk: np.ndarray  # int16 Hounsfield units, or what `convert` gave
     affine_ras: np.ndarray  # (4, 4): (i, j, k, 1) -> RAS millimetres
     dtype: str  # of the stored numbers
     patient: str | None = None  # a pseudonym, where the file names its patient
 
 
-def read(path: str | os.PathLike, series: Sequence[str] = ()) -> Image:
-    """Reads one file, or the DICOM slices `series`; raises `Rejected`."""
+def read(path: str | os.PathLike, series: Sequence[str] = (), convert: Convert = hounsfield.to_hu) -> Image:
+    """Reads one file, or the DICOM slices `series`; raises `Rejected`.
+
+    `convert` makes the voxels from what a file has stored, its slope and its intercept (DICOM is always CT).
+    """
     path = Path(path)
     try:
         if series:
@@ -56,9 +62,9 @@ def read(path: str | os.PathLike, series: Sequence[str] = ()) -> Image:
         if path.stat().st_size == 0:
             raise Rejected("unreadable", "the file is empty")
         if name.endswith(NIFTI_ENDINGS):
-            return _read_nifti(path)
+            return _read_nifti(path, convert)
         if name.endswith(ITK_ENDINGS):
-            return _read_itk(path)
+            return _read_itk(path, convert)
         raise Rejected("unreadable", "not a known format (NIfTI, NRRD, MetaImage, DICOM series)")
     except EOFError as error:
         raise Rejected("truncated", str(error)) from error
@@ -115,7 +121,7 @@ def _check_affine(affine_ras: np.ndarray, unit: str = "mm") -> np.ndarray:
 # -------------------------------------------------------------------- NIfTI
 
 
-def _read_nifti(path: Path) -> Image:
+def _read_nifti(path: Path, convert: Convert) -> Image:
     _check_raw_header(path)
     image = nib.load(path)
     if not isinstance(image, nib.Nifti1Pair):  # NIfTI-1 and -2, one file or two; not CIFTI, not Analyze
@@ -134,7 +140,7 @@ def _read_nifti(path: Path) -> Image:
     _check_size(math.prod(shape) * dtype.itemsize + proxy.offset, data_path.stat().st_size, compressed)
     affine = _check_affine(_nifti_affine(header, image.affine), header.get_xyzt_units()[0])
     raw = np.asanyarray(proxy.get_unscaled()).reshape(shape, order="A")
-    return Image(hounsfield.to_hu(raw, proxy.slope, proxy.inter), affine, dtype.name)
+    return Image(convert(raw, proxy.slope, proxy.inter), affine, dtype.name)
 
 
 def _check_raw_header(path: Path) -> None:
@@ -173,7 +179,7 @@ def _is_regular(affine: np.ndarray) -> bool:
 # -------------------------------------------------------------------- NRRD and MetaImage
 
 
-def _read_itk(path: Path) -> Image:
+def _read_itk(path: Path, convert: Convert) -> Image:
     file_bytes, compressed, oriented = _check_itk_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -198,7 +204,7 @@ def _read_itk(path: Path) -> Image:
     with _silence():
         image = reader.Execute()
     raw = sitk.GetArrayViewFromImage(image)
-    return Image(hounsfield.to_hu(raw.reshape(shape[::-1]).T), affine, raw.dtype.name)
+    return Image(convert(raw.reshape(shape[::-1]).T, 1.0, 0.0), affine, raw.dtype.name)
 
 
 def _check_itk_header(path: Path) -> tuple[int, bool, bool]:

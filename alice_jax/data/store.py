@@ -13,6 +13,7 @@ processes must be spawned, not forked, since TensorStore runs threads of its own
 
 import collections
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -126,7 +127,9 @@ class Store:
         if id not in self._scans:
             record = _read_json(self._kvstore, f"scans/{_checked(id)}/scan.json", f"scan {id}")
             if record is None:
-                raise UserError(f"scan {id}: not in the store {self.path}")
+                near = difflib.get_close_matches(id, self.ids(), n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise UserError(f"scan {id}: not in the store {self.path}{hint}")
             self._scans[id] = Scan.from_json(record, f"scan {id}: scan.json in the store {self.path}")
         return self._scans[id]
 
@@ -205,6 +208,10 @@ class Store:
     def read_array(self, id: str, name: str) -> np.ndarray:
         """A whole array of a scan."""
         return self._read(id, name, ())
+
+    def read_rows(self, id: str, name: str, rows: np.ndarray) -> np.ndarray:
+        """The rows (n,) of an array's first axis, in this order."""
+        return self._read(id, name, (rows,))
 
     def read_array_region(
         self, id: str, name: str, start: Sequence[int], shape: Sequence[int], fill: float = 0
@@ -292,7 +299,7 @@ class Store:
                 self._handles.popitem(last=False)
         return handle
 
-    def _read(self, id: str, name: str, region: tuple[slice, ...]) -> np.ndarray:
+    def _read(self, id: str, name: str, region: tuple[slice | np.ndarray, ...]) -> np.ndarray:
         handle = self._handle(id, name)
         try:
             return handle[region].read().result() if region else handle.read().result()

@@ -1,0 +1,160 @@
+"""Organ labels of a scan on its stored grid.
+
+They come from FOLDER/<scan id>/labels.nii.gz, which may have any grid and orientation in the scan's world, or from the
+array `labels` of a phantom store.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from alice_jax.data import geometry, readers
+from alice_jax.data.rejection import Rejected
+from alice_jax.data.scan import Scan
+from alice_jax.data.store import Store
+from alice_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelMap:
+    """Which organ each voxel of a scan belongs to.
+
+    codes: (z, y, x) uint16, 0 for none, cut to the box of what is labelled.
+    low_zyx_vox: where that box begins in the scan.
+    names: of the codes 1, 2, …
+    cut_off: those of organs that reach the edge of what was labelled.
+    """
+
+    codes: np.ndarray
+    low_zyx_vox: np.ndarray
+    names: tuple[str, ...]
+    cut_off: tuple[str, ...]
+
+    @staticmethod
+    def of(array_zyx: np.ndarray, names: Mapping[int, str], edge: Collection[int] | None = None) -> "LabelMap":
+        """From whole numbers on the stored grid; a number without a name is called "label 7".
+
+        Args:
+          edge: numbers of the organs that are cut off; by default those that touch the edge of the array.
+
+        >>> labels = LabelMap.of(np.array([[[0, 7, 7, 7, 0]]]), {7: "cord"})
+        >>> labels.at(np.array([[0, 0, 1.4], [0, 0, 9]])).tolist()
+        ['cord', '']
+        """
+        boxes = ndimage.find_objects(array_zyx)
+        present = [code for code, box in enumerate(boxes, 1) if box is not None]
+        named = {code: names.get(code, f"label {code}") for code in present}
+        words = list(dict.fromkeys(named.values()))
+        recode = np.zeros(len(boxes) + 1, np.uint16)
+        for code, name in named.items():
+            recode[code] = 1 + words.index(name)
+        low = np.min([[s.start for s in boxes[c - 1]] for c in present], axis=0) if present else np.zeros(3, int)
+        high = np.max([[s.stop for s in boxes[c - 1]] for c in present], axis=0) if present else np.zeros(3, int)
+        cut = array_zyx[tuple(map(slice, low, high))]
+        cut_off = {name for code, name in named.items() if code in (at_the_edge(array_zyx) if edge is None else edge)}
+        return LabelMap(recode[cut], low, tuple(words), tuple(sorted(cut_off)))
+
+    def at(self, points_zyx_vox: np.ndarray) -> np.ndarray:
+        """(n,) names of the organs at points (n, 3), "" where there is none."""
+        cells = np.rint(points_zyx_vox).astype(int) - self.low_zyx_vox
+        inside = ((cells >= 0) & (cells < self.codes.shape)).all(axis=1)
+        codes = np.zeros(len(cells), int)
+        codes[inside] = self.codes[tuple(cells[inside].T)]
+        return np.array(["", *self.names])[codes]
+
+    def voxels(self, name: str) -> np.ndarray:
+        """(n, 3) int voxels of the scan that belong to an organ."""
+        box = self._boxes[name]
+        start = np.array([s.start for s in box]) + self.low_zyx_vox
+        return np.argwhere(self.codes[box] == 1 + self.names.index(name)) + start
+
+    @cached_property
+    def centres(self) -> dict[str, np.ndarray]:
+        """For each organ that is seen as a whole its centroid, (3,) voxels of the scan.
+
+        That of a curved organ lies in what it surrounds: the mandible's in the mouth. It is taken as it is, since the
+        nearest voxel of the organ would be on the left in one patient and on the right in another.
+        """
+        return {name: self.voxels(name).mean(axis=0) for name in self.names if name not in self.cut_off}
+
+    @cached_property
+    def _boxes(self) -> dict[str, Any]:
+        return dict(zip(self.names, ndimage.find_objects(self.codes), strict=True)) if self.names else {}
+
+
+def at_the_edge(array: np.ndarray) -> set[int]:
+    """The labels on the faces of an array.
+
+    >>> at_the_edge(np.pad([[[7]]], 1)), at_the_edge(np.array([[[7]]]))
+    (set(), {7})
+    """
+    faces = [np.take(array, index, axis) for axis in range(3) for index in (0, -1)]
+    return {int(code) for face in faces for code in np.unique(face)} - {0}
+
+
+# -------------------------------------------------------------------- reading
+
+
+def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> LabelMap:
+    """A label file on the grid of its stored scan: each stored voxel takes the nearest label."""
+    try:
+        image = readers.read(path, convert=_scaled)
+    except Rejected as reason:
+        raise UserError(f"{path}: {reason}") from reason
+    values = image.hu_ijk
+    with np.errstate(invalid="ignore"):
+        codes = values.astype(np.uint16)
+    if not np.array_equal(codes, values):  # NaN too
+        raise UserError(f"{path}: is no label map; give whole numbers from 0 to 65535, one for each organ")
+    matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ image.affine_ras) @ scan.affine_lps)[:3]
+    stored = ndimage.affine_transform(
+        codes, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
+    )
+    if not stored.any():
+        raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
+    return LabelMap.of(stored, names, at_the_edge(codes))
+
+
+def _scaled(raw: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    return raw if (slope, intercept) == (1, 0) else raw * np.float64(slope) + intercept
+
+
+def from_store(store: Store, id: str) -> LabelMap | None:
+    """The array `labels` of a phantom; None where there is none."""
+    if not store.has_array(id, "labels"):
+        return None
+    table = store.manifest["extra"].get("phantom", {}).get("labels", {})
+    return LabelMap.of(store.read_array(id, "labels"), read_names(table, f"store {store.path}"))
+
+
+def names_of(raw_path: str | os.PathLike) -> dict[int, str]:
+    """The table of names in a JSON file: the file itself, or its entry "labels"."""
+    path = Path(raw_path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the names of labels as JSON") from error
+    return read_names(raw.get("labels", raw) if isinstance(raw, dict) else raw, str(path))
+
+
+def read_names(table: Any, what: str) -> dict[int, str]:
+    """{"1": "spleen"}, or {"spleen": 1} as nnU-Net writes it; what is called background is no organ.
+
+    >>> read_names({"background": 0, "spleen": 1}, "dataset.json")
+    {1: 'spleen'}
+    """
+    if not isinstance(table, dict):
+        raise UserError(f'{what}: the names of labels must be {{"1": "spleen", …}}')
+    try:
+        if all(isinstance(value, int) for value in table.values()):
+            table = {code: name for name, code in table.items()}
+        return {int(code): str(name) for code, name in table.items() if int(code) > 0}
+    except ValueError as error:
+        raise UserError(f'{what}: the names of labels must be {{"1": "spleen", …}} ({error})') from error
