@@ -263,9 +263,11 @@ def embedder_task(config: ConfigDict, store: Store) -> Task:
         update = optax.sgd(learning_rate, momentum=optimizer.momentum)
         update = optax.chain(optax.add_decayed_weights(optimizer.weight_decay), update)
     elif optimizer.kind == "adamw":
-        update = optax.adamw(learning_rate, weight_decay=optimizer.weight_decay)
+        update = optax.adamw(learning_rate, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
     else:
         raise UserError(f"optimizer.kind {optimizer.kind!r}: choose sgd or adamw")
+    if optimizer.clip:
+        update = optax.chain(optax.clip_by_global_norm(optimizer.clip), update)
     contrasts = {level: embedder.Contrast(**config.loss[level]) for level in ("fine", "coarse", "joint")}
     if not any(contrast.weight > 0 for contrast in contrasts.values()):
         raise UserError("loss: every weight is 0; set loss.fine.weight, loss.coarse.weight or loss.joint.weight")

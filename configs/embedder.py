@@ -79,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.loss[level] = ConfigDict()
         config.loss[level].weight = 0.0 if level == "joint" else 1.0
         config.loss[level].temperature = 0.5
+        config.loss[level].spread_mm = 0.0  # of the positive among the cells around it; 0: one cell alone
         config.loss[level].ignore_mm = ignore_mm
         config.loss[level].hard_pool = hard_pool
         config.loss[level].negatives = negatives
@@ -91,6 +92,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.warmup = "500 steps, 10 %"
     config.optimizer.weight_decay = 1e-4
     config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.b2 = 0.999  # of adamw
+    config.optimizer.clip = 0.0  # of the global norm of the gradients; 0: none
 
     config.storage = ConfigDict()
     config.storage.dims = 32  # directions kept of each vector on disk
@@ -98,8 +101,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.batch_size = 2
         config.microbatch = 2
-        config.steps = 120
-        config.checkpoint_every = config.validate_every = 40
+        config.steps = 150
+        config.checkpoint_every = config.validate_every = 50
         config.log_every = 5
         config.data.threads = 2
         config.data.validation_samples = 4
@@ -116,21 +119,24 @@ def get_config(variant: str = "") -> ConfigDict:
         config.views.shade_hu = 20.0
         config.views.blur_voxels = 0.5
         config.model.channels = (16, 32, 64, 96)
-        config.model.features = 16
+        config.model.features = 32
         config.model.blocks = (1, 2, 2, 1)
         config.model.stem_kernel_zyx = (5, 5, 5)
         config.model.stem_stride_zyx = (2, 2, 2)
         config.model.stage_strides_zyx = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 1, 1))
-        config.model.stage_kernels_zyx = ((3, 3, 3),) * 4
+        config.model.stage_kernels_zyx = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
+        config.model.fine_kernel_zyx = (1, 1, 1)
         config.model.depth_pool = 1
-        config.loss.candidates = 4096
+        config.loss.candidates = 2048
         for level, ignore_mm in (("fine", 12.0), ("coarse", 24.0), ("joint", 12.0)):
             config.loss[level].update(
                 weight=1.0, temperature=0.1, ignore_mm=ignore_mm, hard_pool=0, negatives=0, other_volumes=0
             )
         config.optimizer.kind = "adamw"
-        config.optimizer.lr = 3e-3
-        config.optimizer.min_lr = 6e-5
+        config.optimizer.lr = 1e-2
+        config.optimizer.min_lr = 2e-4
+        config.optimizer.b2 = 0.99
+        config.optimizer.clip = 1.0
         config.optimizer.warmup = "10 %"
-        config.storage.dims = 16
+        config.storage.dims = 32
     return config.lock()

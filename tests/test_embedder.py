@@ -228,12 +228,31 @@ def test_cells_within_the_ignore_radius_are_no_negatives():
     near = {"fine": objective.Contrast(ignore_mm=5.0, **contrast)}
     less = {"fine": objective.Contrast(ignore_mm=3.0, **contrast)}
     run = lambda contrasts: objective.direction_terms(  # noqa: E731
-        anchor, other, jnp.ones(1), jax.random.key(0), contrasts, 0
+        anchor, other, jnp.ones(1), jax.random.key(0), contrasts, 0, (1, 1, 3)
     )
     e = np.e
     np.testing.assert_allclose(run(near)["loss_fine"], np.log((e + 1) / e), rtol=1e-5)
     np.testing.assert_allclose(run(less)["loss_fine"], np.log((e + e + 1) / e), rtol=1e-5)
     assert run(near)["matching_error_mm"] == 0
+
+
+def test_a_positive_is_spread_over_the_cells_around_it_by_their_distance():
+    anchor = line_of_cells([0.0], [[1.0, 0.0]], 0)
+    # Alike in all cells: the loss is log 3 however the target is spread, and its gradient pulls by the shares.
+    other = line_of_cells([0.0, 4.0, 40.0], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], 0) | {"others": {}}
+    contrast = objective.Contrast(temperature=1.0, spread_mm=4.0, ignore_mm=12.0, hard_pool=0, negatives=0)
+
+    def loss(vectors):
+        moved = other | {"fine": vectors}
+        terms = objective.direction_terms(
+            anchor, moved, jnp.ones(1), jax.random.key(0), {"fine": contrast}, 0, (1, 1, 3)
+        )
+        return terms["loss_fine"]
+
+    np.testing.assert_allclose(loss(other["fine"]), np.log(3), rtol=1e-5)
+    beside = np.exp(-0.5)  # 4 mm off at a spread of 4 mm
+    shares = np.array([1, beside, 0]) / (1 + beside)
+    np.testing.assert_allclose(jax.grad(loss)(other["fine"])[:, 0], 1 / 3 - shares, rtol=1e-5)
 
 
 def small_objective(model, weight_joint=1.0, others=0):
@@ -289,7 +308,7 @@ def test_running_statistics_follow_the_batch(trained):
 def test_a_zero_weight_is_not_computed():
     view = line_of_cells([0.0, 9.0], [[1.0, 0.0], [0.0, 1.0]], 0)
     contrasts = {"fine": objective.Contrast(), "joint": objective.Contrast(weight=0.0)}
-    terms = objective.direction_terms(view, view | {"others": {}}, jnp.ones(1), jax.random.key(0), contrasts, 0)
+    terms = objective.direction_terms(view, view | {"others": {}}, jnp.ones(1), jax.random.key(0), contrasts, 0, (1, 1, 2))
     assert "loss_fine" in terms and "loss_joint" not in terms
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from alice_jax.data.embeddings import interpolation
@@ -20,6 +21,7 @@ from alice_jax.objectives import Batch, Objective
 
 Tree = Any
 EXCLUDED = -1e9  # similarity of what is no negative: finite, so that its gradient is 0 and not NaN
+ITSELF = 13  # of the 27 cells around one, the middle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Contrast:
     Attributes:
       weight: of the term; at 0 it is not computed.
       temperature: divides the similarities.
+      spread_mm: standard deviation over which the positive is spread among the cells around it; 0: one cell alone.
       ignore_mm: cells nearer than this to the positive are no negatives.
       hard_pool: negatives come from this many cells, the most similar by the matching score (0: from all).
       negatives: this many of the pool, drawn at random (0: all of it).
@@ -37,20 +40,38 @@ class Contrast:
 
     weight: float = 1.0
     temperature: float = 0.5
+    spread_mm: float = 0.0
     ignore_mm: float = 3.0
     hard_pool: int = 2000
     negatives: int = 500
     other_volumes: int = 0
 
 
-def info_nce(positive: jax.Array, negatives: jax.Array, temperature: float) -> jax.Array:
-    """−log(e^{p/τ} / (e^{p/τ} + Σ e^{n/τ})) of similarities p (…,) and n (…, count): InfoNCE, arXiv 1807.03748.
+def info_nce(positives: jax.Array, shares: jax.Array, negatives: jax.Array, temperature: float) -> jax.Array:
+    """Cross-entropy of softmax(s/τ) over similarities s of positives and negatives: InfoNCE, arXiv 1807.03748.
 
-    >>> round(float(info_nce(jnp.array(1.0), jnp.array([1.0, 1.0, 1.0]), 0.5)), 4)  # one of four alike: log 4
+    positives, shares: (…, p), the shares of the target, which sum to 1.  negatives: (…, n), whose share is 0.
+
+    >>> one, alike = jnp.ones(1), jnp.ones(3)
+    >>> round(float(info_nce(one, one, alike, 0.5)), 4)  # one of four alike: log 4
     1.3863
     """
-    logits = jnp.concatenate([positive[..., None], negatives], axis=-1) / temperature
-    return jax.nn.logsumexp(logits, axis=-1) - logits[..., 0]
+    logits = jnp.concatenate([positives, negatives], axis=-1) / temperature
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(shares * positives, axis=-1) / temperature
+
+
+def cells_around(cells: jax.Array, grid_zyx: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """(n, 27) flat indices of flat cells (n,) and all that touch them, and which of these lie in the grid.
+
+    >>> around, inside = cells_around(jnp.array([0]), (2, 2, 2))
+    >>> int(around[0, 13]), int(inside.sum())  # the cell itself is in the middle
+    (0, 8)
+    """
+    steps = np.array(list(np.ndindex(3, 3, 3))) - 1
+    at = jnp.stack(jnp.unravel_index(cells, grid_zyx), axis=-1)[:, None] + steps
+    inside = jnp.all((at >= 0) & (at < np.array(grid_zyx)), axis=-1)
+    at = jnp.clip(at, 0, np.array(grid_zyx) - 1)
+    return jnp.ravel_multi_index(tuple(jnp.moveaxis(at, -1, 0)), grid_zyx, mode="clip"), inside
 
 
 def upsample_coarse(coarse: jax.Array, grid_zyx: tuple[int, ...], ratios_zyx: tuple[float, ...]) -> jax.Array:
@@ -85,6 +106,7 @@ def direction_terms(
     key: jax.Array,
     contrasts: dict[str, Contrast],
     candidates: int,
+    grid_zyx: tuple[int, ...],
 ) -> dict[str, jax.Array]:
     """Losses and metrics of one sample in one direction.
 
@@ -93,22 +115,26 @@ def direction_terms(
         and "pairs" (pairs,) cells; `other_view` also "others", {level: (count, c)} vectors of another scan.
       weights: (pairs,).
       candidates: cells that may become negatives, drawn at random (0: all).
+      grid_zyx: of the cells.
     """
     anchors, partners = anchor_view["pairs"], other_view["pairs"]
     cells = other_view["body"].shape[0]
     key_cells, key_negatives = jax.random.split(key)
     every = not 0 < candidates < cells
     chosen = jnp.arange(cells) if every else jax.random.randint(key_cells, (candidates,), 0, cells)
-    positive, similarity = {}, {}
+    around, inside = cells_around(partners, grid_zyx)
+    inside &= other_view["body"][around]
+    near, similarity = {}, {}
     for level in ("fine", "coarse"):
         queries = anchor_view[level][anchors]
-        positive[level] = jnp.sum(queries * other_view[level][partners], axis=-1)
+        near[level] = jnp.einsum("pc,pnc->pn", queries, other_view[level][around])
         similarity[level] = queries @ other_view[level][chosen].T
-    positive["joint"] = (positive["fine"] + positive["coarse"]) / 2
+    near["joint"] = (near["fine"] + near["coarse"]) / 2
     similarity["joint"] = (similarity["fine"] + similarity["coarse"]) / 2
     ranking, body = jax.lax.stop_gradient(similarity["joint"]), other_view["body"][chosen]
-    at, places = anchor_view["positions"][anchors], other_view["positions"][chosen]
-    square_mm = jnp.maximum(jnp.sum(at**2, axis=1)[:, None] + jnp.sum(places**2, axis=1) - 2 * at @ places.T, 0)
+    at, places = anchor_view["positions"][anchors], other_view["positions"]
+    square_mm = jnp.maximum(jnp.sum(at**2, 1)[:, None] + jnp.sum(places[chosen] ** 2, 1) - 2 * at @ places[chosen].T, 0)
+    near_square_mm = jnp.sum((at[:, None] - places[around]) ** 2, axis=-1)
 
     average = lambda x: jnp.sum(weights * x) / jnp.maximum(jnp.sum(weights), 1)  # noqa: E731
     terms = {}
@@ -121,13 +147,19 @@ def direction_terms(
         if level in other_view["others"]:
             others = anchor_view[level][anchors] @ other_view["others"][level].T
             negatives = jnp.concatenate([negatives, others], axis=1)
-        terms[f"loss_{level}"] = average(info_nce(positive[level], negatives, contrast.temperature))
-    # How far off matching would be here, the right cell being among the candidates.
-    best = jnp.argmax(jnp.where(body, ranking, EXCLUDED), axis=1)[:, None]
-    found_mm = jnp.sqrt(jnp.take_along_axis(square_mm, best, axis=1)[:, 0])
-    wrong = jnp.take_along_axis(ranking, best, axis=1)[:, 0] > positive["joint"]
-    terms["matching_error_mm"] = average(jnp.where(wrong, found_mm, 0))
-    terms["positive_similarity"] = average(positive["joint"])
+        if contrast.spread_mm:
+            positives = jnp.where(inside, near[level], EXCLUDED)
+            shares = jax.nn.softmax(jnp.where(inside, -near_square_mm / (2 * contrast.spread_mm**2), EXCLUDED))
+        else:
+            positives = near[level][:, ITSELF : ITSELF + 1]
+            shares = jnp.ones_like(positives)
+        terms[f"loss_{level}"] = average(info_nce(positives, shares, negatives, contrast.temperature))
+    # How far off matching would be here, if all cells were the candidates and those around the right one.
+    scores = jnp.concatenate([jnp.where(inside, near["joint"], EXCLUDED), jnp.where(body, ranking, EXCLUDED)], axis=1)
+    best = jnp.argmax(scores, axis=1)[:, None]
+    found_mm = jnp.sqrt(jnp.take_along_axis(jnp.concatenate([near_square_mm, square_mm], axis=1), best, axis=1)[:, 0])
+    terms["matching_error_mm"] = average(found_mm)
+    terms["positive_similarity"] = average(near["joint"][:, ITSELF])
     return terms
 
 
@@ -196,7 +228,7 @@ def make(
         keys = jax.random.split(jax.random.fold_in(key, 1), (samples, 2))
 
         def one(anchor_view, other_view, weights, key):
-            return direction_terms(anchor_view, other_view, weights, key, contrasts, candidates)
+            return direction_terms(anchor_view, other_view, weights, key, contrasts, candidates, fine.shape[1:4])
 
         both_directions = jax.vmap(one, in_axes=(0, 0, None, 0))
         terms = jax.vmap(both_directions)(views, swapped, batch["weights"], keys)
