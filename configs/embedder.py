@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.views.window_hu = (-1024.0, 3071.0)
     config.views.shape_zyx = (32, 96, 96)  # of a view, in the network's voxels
     config.views.shift = 0.25  # largest distance of the two centres, as a share of the view
+    config.views.partner_share = 0.0  # of samples that show two patients, by the embeddings already in the store
     config.views.pairs = 100
     config.views.positive_mm = 2.0
     config.views.scale = (0.8, 1.25)

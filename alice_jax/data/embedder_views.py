@@ -8,12 +8,15 @@ store position centre + A (u − middle) + bend(u); both ends of a pair are cell
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from alice_jax.data import matching
+from alice_jax.data.embeddings import Embedding
+from alice_jax.data.partner_map import partner_map
 from alice_jax.data.splines import SplineField, random_field
 from alice_jax.data.store import AIR_HU, Store
 
@@ -121,7 +124,7 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedderSampler:
-    """`sampler(record, rng, batch_rng)` gives two views of the record-th scan.
+    """`sampler(record, rng, batch_rng)` gives two views of the record-th scan, or one of it and one of a partner.
 
     Attributes:
       shape_zyx: of a view in network voxels.
@@ -131,6 +134,9 @@ class EmbedderSampler:
       positive_mm: farthest that the two cells of a positive may lie apart.
       window_hu: what `network_input` clips to.
       shift: how far apart the views' centres may lie on each axis, as a share of a view's length.
+      partner_share: of the samples whose second view shows another patient, where matches of the embeddings that the
+        store holds already put it.
+      embeddings: reads these; needed for a share above 0.
     """
 
     store: Store
@@ -143,6 +149,8 @@ class EmbedderSampler:
     shift: float
     window_hu: tuple[float, float]
     distortion: Distortion
+    partner_share: float = 0.0
+    embeddings: Callable[[str], Embedding] | None = None
 
     @property
     def grid_zyx(self) -> Triple:
@@ -162,25 +170,38 @@ class EmbedderSampler:
         "weights" (pairs,): 1, or 0 for the filling where too few pairs were found.
         "meta": "scans" (1,) the record, "pairs" how many were found.
         """
-        id = self.scan_ids[record]
-        spacing_mm = self.store.scan(id).spacing_zyx_mm[0]
-        body = self.store.foreground(id)
-        cells = np.argwhere(body)
+        ids = [self.scan_ids[record]] * 2
+        if self.embeddings is not None and rng.random() < self.partner_share:
+            ids[1] = self.scan_ids[(record + rng.integers(1, len(self.scan_ids))) % len(self.scan_ids)]
+        spacing_mm = self.store.scan(ids[0]).spacing_zyx_mm[0]
+        bodies = [self.store.foreground(id) for id in ids]
+        cells = np.argwhere(bodies[0])
         first = 2.0 * cells[rng.integers(len(cells))] + 0.5
         extent = self.reduce * np.array(self.shape_zyx)
-        second = first + rng.uniform(-self.shift, self.shift, 3) * extent
-        views = [draw_view(rng, self.shape_zyx, c, self.reduce, spacing_mm, self.distortion) for c in (first, second)]
+        views = [draw_view(rng, self.shape_zyx, first, self.reduce, spacing_mm, self.distortion)]
         fine_axes = tuple(
             (np.arange(n) + 0.5) * s - 0.5 for n, s in zip(self.grid_zyx, self.fine_stride_zyx, strict=True)
         )
-        positions = np.stack([np.moveaxis(view.positions(fine_axes), 0, -1) for view in views])
-        inside = np.stack([_lookup(body, p) for p in positions])
-        pairs, weights = self._pairs(rng, views, positions, inside, spacing_mm)
-        volumes = np.stack([self._render(id, view, rng) for view in views])
+        positions = [np.moveaxis(views[0].positions(fine_axes), 0, -1)]
+        inside = [_lookup(bodies[0], positions[0])]
+        second = first
+        if ids[1] != ids[0]:
+            # From here on the first view's cells lie where the partner shows the same.
+            box = np.array([positions[0].min(axis=(0, 1, 2)), positions[0].max(axis=(0, 1, 2))])
+            to_partner = partner_map(*map(self.embeddings, ids), 2.0 * cells + 0.5, box, _matches, rng)
+            positions[0], known = to_partner(positions[0])
+            inside[0] &= known
+            second = to_partner(first[None])[0][0]
+        second = second + rng.uniform(-self.shift, self.shift, 3) * extent
+        views.append(draw_view(rng, self.shape_zyx, second, self.reduce, spacing_mm, self.distortion))
+        positions.append(np.moveaxis(views[1].positions(fine_axes), 0, -1))
+        inside.append(_lookup(bodies[1], positions[1]))
+        pairs, weights = self._pairs(rng, views, np.stack(positions), np.stack(inside), spacing_mm)
+        volumes = np.stack([self._render(id, view, rng) for id, view in zip(ids, views, strict=True)])
         return {
             "volumes": volumes[..., None],
-            "positions_mm": positions * np.float32(spacing_mm),
-            "body": inside,
+            "positions_mm": np.stack(positions).astype(np.float32) * np.float32(spacing_mm),
+            "body": np.stack(inside),
             "pairs": pairs,
             "weights": weights,
             "meta": {"scans": np.array([record], np.int32), "pairs": np.int32(weights.sum())},
@@ -232,6 +253,10 @@ class EmbedderSampler:
         if distortion.noise_hu:
             volume += rng.uniform(0, distortion.noise_hu) * rng.standard_normal(volume.shape, np.float32)
         return network_input(np.maximum(volume, AIR_HU), self.window_hu)
+
+
+def _matches(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> np.ndarray:
+    return matching.search(query, points_zyx_vox, key).points_zyx_vox
 
 
 def _lookup(body: np.ndarray, positions_vox: np.ndarray) -> np.ndarray:
