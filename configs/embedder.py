@@ -5,21 +5,26 @@
 
 `configs/embedder.py` is the published network and recipe (SAM, arXiv 2012.02383): 33 million parameters, 20,000
 steps of 8 samples, for one accelerator.
-`configs/embedder.py:tiny` fits two CPU cores: about two and a half minutes on 24 phantom patients, after which a point
-is found in an unseen patient within 11.8 mm in the median (relative position: 26.8 mm).
+`configs/embedder.py:tiny` fits two CPU cores and a few minutes; `:small` is the same four times as long. `:across`
+continues `:small` on pairs of patients, whose matches it takes from the embeddings in the store:
 
-With no `data.store` the built-in cohort is used. `init_from` names a file to start from: a SAM checkpoint, or
-torchvision's ResNet-18 trained on ImageNet, whose kernels are then inflated to 3-D as published (needs the `torch`
-extra).
+    python -m alice_jax.train --config=configs/embedder.py:across --config.data.store=DIR \
+        --config.init_from=runs/embedder --workdir=runs/embedder-across
+
+What each reaches stands in docs/embedder.md.
+
+With no `data.store` the built-in cohort is used. `init_from` names what to start from: the workdir of another run, a
+SAM checkpoint, or torchvision's ResNet-18 trained on ImageNet, whose kernels are then inflated to 3-D as published (the
+last two need the `torch` extra).
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` is "" or "tiny"."""
-    if variant not in ("", "tiny"):
-        raise ValueError(f"configs/embedder.py:{variant}: the only variant is tiny")
+    """The recipe; `variant` is "", "tiny", "small" or "across"."""
+    if variant not in ("", "tiny", "small", "across"):
+        raise ValueError(f"configs/embedder.py:{variant}: the variants are tiny, small and across")
     config = ConfigDict()
     config.objective = "embedder"
     config.seed = 0
@@ -99,7 +104,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.storage = ConfigDict()
     config.storage.dims = 32  # directions kept of each vector on disk
 
-    if variant == "tiny":
+    if variant in ("tiny", "small", "across"):
         config.batch_size = 2
         config.microbatch = 2
         config.steps = 150
@@ -140,4 +145,10 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.clip = 1.0
         config.optimizer.warmup = "10 %"
         config.storage.dims = 32
+    if variant == "small":
+        config.steps = 600
+    if variant == "across":
+        config.steps = 400
+        config.optimizer.lr = 4e-3
+        config.views.partner_share = 0.5
     return config.lock()
