@@ -22,37 +22,47 @@ def teacher_distribution(logits: jax.Array, center: jax.Array, temperature: jax.
     return jax.nn.softmax((logits - center) / temperature, axis=-1)
 
 
-def cross_entropy(target: jax.Array, student_logits: jax.Array) -> jax.Array:
-    """H(target, softmax(student / τₛ)) over the last axis, averaged over all others.
+def weighted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """`(batch, …)` values, each sample's times its weight `(batch,)`; the mean over the batch is left to the caller,
+    so that it stays one over the number of samples, whatever they weigh."""
+    return values if weights is None else values * weights.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def cross_entropy(target: jax.Array, student_logits: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """H(target, softmax(student / τₛ)) over the last axis, averaged over all others; `weights` (batch,) of samples.
 
     >>> round(float(cross_entropy(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 0.0]]))), 4)
     0.6931
     """
     log_probabilities = jax.nn.log_softmax(student_logits.astype(jnp.float32) / STUDENT_TEMPERATURE, axis=-1)
-    return -jnp.sum(target * log_probabilities, axis=-1).mean()
+    return -weighted(jnp.sum(target * log_probabilities, axis=-1), weights).mean()
 
 
-def invariance(target: jax.Array, student_logits: jax.Array) -> jax.Array:
+def invariance(target: jax.Array, student_logits: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Each patient's masked crop predicts the teacher's global feature of the *other* patient's crop.
 
     Args:
       target: `(batch, 2, prototypes)` teacher distribution.
       student_logits: `(batch, 2, prototypes)`.
+      weights: `(batch,)` of the pairs.
     """
-    return cross_entropy(target, student_logits[:, ::-1])
+    return cross_entropy(target, student_logits[:, ::-1], weights)
 
 
-def alignment(target: jax.Array, student_logits: jax.Array) -> jax.Array:
+def alignment(target: jax.Array, student_logits: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Local tokens of a masked crop predict the teacher's tokens of the *same* crop.
 
     Args:
       target: `(batch, 2, tokens, prototypes)` teacher distribution.
       student_logits: `(batch, 2, tokens, prototypes)`.
+      weights: `(batch,)` of the pairs.
     """
-    return cross_entropy(target, student_logits)
+    return cross_entropy(target, student_logits, weights)
 
 
-def reconstruction(prediction: jax.Array, volumes: jax.Array, hidden: jax.Array | None) -> jax.Array:
+def reconstruction(
+    prediction: jax.Array, volumes: jax.Array, hidden: jax.Array | None, weights: jax.Array | None = None
+) -> jax.Array:
     """Mean squared error over the hidden voxels, or over all of them where `hidden` is None.
 
     Args:
@@ -60,8 +70,9 @@ def reconstruction(prediction: jax.Array, volumes: jax.Array, hidden: jax.Array 
       volumes: the unmasked crops, of the same shape.
       hidden: `(batch, grid_d, grid_h, grid_w)` True where the student did not see; every grid cell stands for a
         block of voxels, and every crop hides the same number of cells.
+      weights: `(batch,)` of the crops.
     """
-    error = jnp.square(prediction.astype(jnp.float32) - volumes)
+    error = weighted(jnp.square(prediction.astype(jnp.float32) - volumes), weights)
     if hidden is None:
         return error.mean()
     batch, *grid = hidden.shape

@@ -5,7 +5,7 @@ The one place inside the package that reads configuration fields; everything bel
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from alice_jax import schedules
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler
 from alice_jax.data.embeddings import EmbeddingReader
+from alice_jax.data.partners import read_patients
 from alice_jax.data.pipeline import Sampler
 from alice_jax.data.store import Store
-from alice_jax.data.views import PairSampler
+from alice_jax.data.views import WEAK, PairSampler
 from alice_jax.errors import UserError
 from alice_jax.interop import embedder as embedder_weights
 from alice_jax.models.embedder import Embedder, strides_zyx
@@ -52,21 +53,30 @@ def make(config: ConfigDict, store: Store) -> Task:
     return TASKS[config.objective](config, store)
 
 
-def split(scans: list[str], fraction: float, at_least: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split(
+    scans: Sequence[str], fraction: float, at_least: int, patients: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation scans: at least `at_least` on either side, or none held out.
 
     Those held out are evenly spaced over the sorted ids.
+
+    Args:
+      patients: of the scans; those of one patient stay together, and patients are what is counted.
 
     >>> split(["a", "b", "c", "d"], 0.25, at_least=1)
     (('b', 'c', 'd'), ('a',))
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.validation_fraction {fraction}: give a share of the scans from 0 to below 1")
-    count = max(at_least, round(fraction * len(scans))) if fraction else 0
-    if len(scans) - count < at_least:
+    patient_of = {scan: patients.get(scan, scan) if patients else scan for scan in scans}
+    names = list(dict.fromkeys(patient_of.values()))
+    count = max(at_least, round(fraction * len(names))) if fraction else 0
+    if len(names) - count < at_least:
         count = 0
-    held_out = {scans[i * len(scans) // count] for i in range(count)}
-    return tuple(s for s in scans if s not in held_out), tuple(s for s in scans if s in held_out)
+    held_out = {names[i * len(names) // count] for i in range(count)}
+    return tuple(s for s in scans if patient_of[s] not in held_out), tuple(
+        s for s in scans if patient_of[s] in held_out
+    )
 
 
 def compute_dtype(precision: str) -> Any:
@@ -159,6 +169,16 @@ def check_alice(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, in
         raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
     if config.views.kind not in ("mined", "random"):
         raise UserError(f"views.kind {config.views.kind!r}: choose mined or random")
+    for name, choices in (("weak", WEAK), ("same_patient", ("avoid", "allow")), ("partners", ("region", "any"))):
+        if config.views[name] not in choices:
+            raise UserError(f"views.{name} {config.views[name]!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if not 0 <= config.views.weak_weight <= 1:
+        raise UserError(f"views.weak_weight {config.views.weak_weight}: give a weight from 0 to 1")
+    if not config.views.cycle_mm > 0:
+        raise UserError(f"views.cycle_mm {config.views.cycle_mm}: give a distance above 0 mm")
+    for name in ("tries", "tries_per_partner"):
+        if config.views[name] < 1:
+            raise UserError(f"views.{name} {config.views[name]}: give a whole number of 1 or more")
     ratio = config.views.mask_ratio
     if isinstance(ratio, bool) or not 0 < ratio < 1:
         raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
@@ -170,13 +190,32 @@ def check_alice(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, in
     return crop, grid
 
 
+def alice_scans(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """Training scans, validation scans, and the patients of all; refuses a store in which nothing can be paired."""
+    ids = store.ids()
+    if len(ids) < 2:
+        raise UserError(f"data.store {store.path}: holds {len(ids)} scans and a pair needs two; prepare more")
+    patients = {id: store.scan(id).patient for id in ids}
+    patients |= read_patients(config.data.patients) if config.data.patients else {}
+    if config.views.same_patient == "allow":
+        return *split(ids, config.data.validation_fraction, at_least=2), patients
+    for what, count in (
+        ("of one patient", len({patients[id] for id in ids})),
+        ("copies of one scan", len({store.scan(id).sha256 for id in ids})),
+    ):
+        if count < 2:
+            raise UserError(
+                f"data.store {store.path}: its {len(ids)} scans are all {what} and a pair needs two; prepare more, "
+                "name the patients in data.patients, or set views.same_patient to allow"
+            )
+    return *split(ids, config.data.validation_fraction, at_least=2, patients=patients), patients
+
+
 def alice_task(config: ConfigDict, store: Store) -> Task:
     """Pretraining on pairs mined from a store."""
     crop, grid = check_alice(config)
     networks = alice_networks(config)
-    scans, validation_scans = split(store.ids(), config.data.validation_fraction, at_least=2)
-    if len(scans) < 2:
-        raise UserError(f"data.store {store.path}: holds {len(scans)} scans and a pair needs two; prepare more")
+    scans, validation_scans, patients = alice_scans(config, store)
     steps_per_epoch = math.ceil(len(scans) / config.batch_size)
     held_steps = schedules.duration(
         config.method.freeze_last_layer, "method.freeze_last_layer", steps_per_epoch, config.steps
@@ -194,8 +233,14 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
             mask_ratio=config.views.mask_ratio,
             column_masks=networks.mode.share_mask,
             threshold=config.views.threshold,
+            cycle_mm=config.views.cycle_mm,
             tries_per_partner=config.views.tries_per_partner,
             tries=config.views.tries,
+            weak=config.views.weak,
+            weak_weight=config.views.weak_weight,
+            by_region=config.views.partners == "region",
+            same_patient=config.views.same_patient,
+            patients=patients,
         )
 
     by_step = alice_schedules(config, steps_per_epoch)
@@ -239,10 +284,6 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     for name in ("reduce", "pairs"):
         if views[name] < 1:
             raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
-    if not views.window_hu[0] < views.window_hu[1]:
-        raise UserError(f"views.window_hu {views.window_hu}: give the lowest and the highest HU")
-    if not 0 < views.scale[0] <= 1 <= views.scale[1]:
-        raise UserError(f"views.scale {views.scale}: give the smallest and the largest zoom, around 1")
 
 
 def embedder_task(config: ConfigDict, store: Store) -> Task:

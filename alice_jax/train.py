@@ -72,7 +72,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         state = checkpoints.restore(start, sharding.described(jax.eval_shape(init, example), mesh))
         say(f"resuming at step {start} of {config.steps}")
     if jax.process_index() == 0:
-        codec = embeddings.read_codec(store)
+        mined = config.objective == "alice" and config.views.kind == "mined"
+        codec = embeddings.read_codec(store) if mined else None
         provenance.record(workdir, start, None if codec is None else codec.embedder)
     train_step = sharding.compiled_step(task.objective, key, mesh, parts)
     eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
@@ -233,8 +234,9 @@ def validated(eval_step: Any, state: train_state.TrainState, batches: list[dict[
 
 
 def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means of what the sampler noted of this batch's samples."""
-    return {f"views/{name}": float(np.mean(values)) for name, values in meta.items() if values.ndim == 1}
+    """Means of what the sampler noted of this batch's samples, over those for which it is known."""
+    known = {name: values[np.isfinite(values)] for name, values in meta.items() if values.ndim == 1}
+    return {f"views/{name}": float(np.mean(values)) for name, values in known.items() if len(values)}
 
 
 def refuse_non_finite(step: int, scalars: dict[str, float], meta: dict[str, np.ndarray], task: tasks.Task) -> None:

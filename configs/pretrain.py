@@ -36,12 +36,18 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.threads = 4  # per process
     config.data.validation_fraction = 0.1  # of the scans, never trained on
     config.data.validation_samples = 16
+    config.data.patients = ""  # file that says which patient a scan is of, where the headers do not (docs/mining.md)
 
     config.views = ConfigDict()
     config.views.kind = "mined"  # or "random": the same crops without matching
-    config.views.threshold = 0.7
-    config.views.tries_per_partner = 10
-    config.views.tries = 100
+    config.views.partners = "region"  # scans that show what the query shows; or "any"
+    config.views.same_patient = "avoid"  # nor copies of one scan; or "allow"
+    config.views.threshold = 0.7  # score from which a match is accepted,
+    config.views.cycle_mm = 10.0  # if it also leads back to within this distance of the query's point
+    config.views.tries_per_partner = 10  # points, then another partner is drawn
+    config.views.tries = 100  # points in all, then the pair is weak:
+    config.views.weak = "keep"  # the best try; or "down-weight" it, or "redraw": start anew with another query, twice
+    config.views.weak_weight = 0.25  # of a down-weighted pair's losses
     config.views.crop_shape_zyx = (64, 64, 64)
     config.views.mask_ratio = 0.75
 

@@ -1,5 +1,7 @@
 """Small stores for tests."""
 
+import hashlib
+
 import numpy as np
 
 from alice_jax.data.scan import Scan
@@ -11,7 +13,7 @@ def make_scan(id: str, shape_zyx: tuple[int, int, int]) -> Scan:
     return Scan(
         id=id,
         file=f"{id}.nii.gz",
-        sha256="0" * 64,
+        sha256=hashlib.sha256(id.encode()).hexdigest(),
         patient=id,
         shape_zyx=shape_zyx,
         spacing_zyx_mm=(2.0, 2.0, 2.0),

@@ -62,7 +62,8 @@ def objective(nets, held_steps=0):
 def make_batch(size, seed=0):
     rng = np.random.default_rng(seed)
     hidden = [[masks.random_blocks(rng, GRID, RATIO) for _ in range(2)] for _ in range(size)]
-    return {"volumes": rng.random((size, 2, *CROP, 1), np.float32), "hidden": np.array(hidden)}
+    volumes = rng.random((size, 2, *CROP, 1), np.float32)
+    return {"volumes": volumes, "hidden": np.array(hidden), "weights": np.ones(size, np.float32)}
 
 
 @functools.cache
@@ -215,12 +216,34 @@ def test_clipping_is_global_in_paper_mode_and_by_tensor_without_casa_in_release_
 
 
 @pytest.mark.parametrize("mode", ["paper", "release"])
+def test_a_pair_of_weight_zero_only_makes_the_batch_larger(mode):
+    """The mean is over pairs, not over weights, so that parts of a batch and devices can be averaged."""
+    nets, params, extra = started(mode)
+    batch = make_batch(2)
+
+    def losses_of(batch):
+        outputs = nets.forward(params, extra, batch, KEY, False)
+        return nets.losses(outputs, extra, batch, 0.05, 0.05)
+
+    both, (stats, _) = jax.jit(losses_of)(batch)
+    halved, _ = jax.jit(losses_of)(batch | {"weights": np.full(2, 0.5, np.float32)})
+    first, (weighted_stats, _) = jax.jit(losses_of)(batch | {"weights": np.array([1, 0], np.float32)})
+    second, _ = jax.jit(losses_of)(batch | {"weights": np.array([0, 1], np.float32)})
+    alone, _ = jax.jit(losses_of)({name: value[:1] for name, value in batch.items()})
+    assert float(first) == pytest.approx(float(alone) / 2, rel=1e-5)
+    assert float(first + second) == pytest.approx(float(both), rel=1e-5)
+    assert float(halved) == pytest.approx(float(both) / 2, rel=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, weighted_stats, stats)  # centers are those of all pairs alike
+
+
+@pytest.mark.parametrize("mode", ["paper", "release"])
 def test_eight_devices_in_two_parts_compute_what_one_device_computes(mode):
     # Without noise, which micro-batches draw anew, and with one mask for all, which release mode shares in a batch.
     nets = networks(mode)
     nets = dataclasses.replace(nets, backbone=nets.backbone.clone(drop_path=0.0), casa=nets.casa.clone(dropout=0.0))
     goal = objective(nets)
     batch = make_batch(16)
+    batch["weights"] = np.linspace(0, 1, 16, dtype=np.float32)
     batch["hidden"] = np.ascontiguousarray(np.broadcast_to(batch["hidden"][:1], batch["hidden"].shape))
     state = first_state(goal)
     expected_state, expected = train_step(goal)(state, batch)

@@ -53,8 +53,18 @@ def test_coverage_counts_and_resumes(tmp_path):
     coverage = Coverage(str(tmp_path), ["a", "b", "c", "d"], step=0)
     assert coverage.count(np.array([[0, 1], [0, 2]]))["coverage/share"] == 0.75
     coverage.save(1)
-    assert read_coverage(str(tmp_path)) == {"step": 1, "counts": {"a": 2, "b": 1, "c": 1, "d": 0}}
+    assert read_coverage(str(tmp_path)) == {
+        "step": 1,
+        "counts": {"a": 2, "b": 1, "c": 1, "d": 0},
+        "keys": {"a": 0, "b": 1, "c": 1, "d": 0},
+    }
     again = Coverage(str(tmp_path), ["a", "b", "c", "d"], step=1)
-    assert again.count(np.array([[3, 3]])) == {"coverage/share": 1.0, "coverage/least": 1, "coverage/most": 2}
+    assert again.count(np.array([[3, 3]])) == {
+        "coverage/share": 1.0,
+        "coverage/least": 1,
+        "coverage/most": 2,
+        "coverage/key_least": 0,
+        "coverage/key_most": 1,
+    }
     fresh = Coverage(str(tmp_path), ["a", "b", "c", "d"], step=0)
     assert fresh.count(np.array([[3, 3]]))["coverage/share"] == 0.25

@@ -1,5 +1,6 @@
 """The loop on a network of two stages: it logs, validates, resumes exactly, stops when asked, refuses mistakes."""
 
+import json
 import os
 import runpy
 import signal
@@ -13,8 +14,9 @@ import pytest
 from absl import flags
 from builders import noise_store
 
-from alice_jax import checkpoint, metrics, provenance, train
+from alice_jax import checkpoint, metrics, provenance, tasks, train
 from alice_jax.coverage import read as coverage_of
+from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from configs import embedder, pretrain
 
@@ -61,13 +63,15 @@ def test_a_run_logs_everything_that_is_promised(finished):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     for name in (
         "loss", "loss_invariance", "loss_alignment", "loss_reconstruction", "teacher_entropy", "norm_center_cls",
-        "views/score", "views/redraws", "views/weak", "coverage/share", "step_time_s", "data_wait_s", "volumes_per_s",
-        "learning_rate", "gradient_norm",
+        "views/score", "views/redraws", "views/weak", "views/fallback", "views/weight", "coverage/share",
+        "coverage/key_most", "step_time_s", "data_wait_s", "volumes_per_s", "learning_rate", "gradient_norm",
     ):  # fmt: skip
         assert np.isfinite(lines[0][name]), name
     assert np.isfinite(lines[-1]["validation/loss"])
     coverage = coverage_of(finished)
     assert sum(coverage["counts"].values()) == 2 * 8 * 4 and len(coverage["counts"]) == 4  # 2 of 6 scans held out
+    assert sum(coverage["keys"].values()) == 8 * 4
+    assert "views/cycle_mm" not in lines[0]  # nothing was matched
     assert state_of(finished)["step"] == 4
     assert set(state_of(finished)["params"]) == {"backbone", "head", "casa"}  # CASA too, unlike the release
 
@@ -146,6 +150,13 @@ def test_a_non_finite_loss_stops_before_it_is_saved(store, tmp_path):
         ({"seed": -1}, "seed -1"),
         ({"views.kind": "random_crops"}, "views.kind 'random_crops'"),
         ({"views.mask_ratio": 1.5}, "views.mask_ratio 1.5"),
+        ({"views.weak": "drop"}, "views.weak 'drop': choose keep, down-weight or redraw"),
+        ({"views.weak_weight": -1.0}, "views.weak_weight -1.0"),
+        ({"views.cycle_mm": 0.0}, "views.cycle_mm 0.0"),
+        ({"views.tries": 0}, "views.tries 0"),
+        ({"views.same_patient": "never"}, "views.same_patient 'never': choose avoid or allow"),
+        ({"views.partners": "all"}, "views.partners 'all': choose region or any"),
+        ({"data.patients": "/no/such/file.csv"}, "data.patients /no/such/file.csv"),
         ({"views.crop_shape_zyx": (16, 16, 15)}, "views.crop_shape_zyx"),
         ({"loss.invariance": -1.0}, "loss"),
         ({"method.mode": "both"}, "method.mode 'both'"),
@@ -159,6 +170,32 @@ def test_mistakes_in_the_configuration_are_named(store, tmp_path, change, messag
         config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=message):
         train.run(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("scans", [0, 1])
+def test_a_store_without_a_pair_is_refused(tmp_path, scans):
+    with pytest.raises(UserError, match=f"holds {scans} scans and a pair needs two; prepare more"):
+        train.run(small(noise_store(str(tmp_path / "store"), scans=scans).path), str(tmp_path / "run"))
+
+
+def test_a_store_of_one_patient_is_refused_and_may_be_allowed(store, tmp_path):
+    table = tmp_path / "patients.json"
+    table.write_text(json.dumps({f"case{i}": "Ann" for i in range(6)}))
+    config = small(store)
+    with config.unlocked():
+        config.data.patients = str(table)
+    with pytest.raises(UserError, match=r"6 scans are all of one patient .* set views.same_patient to allow") as error:
+        train.run(config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    with config.unlocked():
+        config.views.same_patient = "allow"
+    assert len(tasks.make(config, Store.open(store)).scans) == 4
+
+
+def test_scans_of_one_patient_are_held_out_together():
+    patients = {"a1": "Ann", "a2": "Ann", "b1": "Bob", "c1": "Cid", "c2": "Cid", "d1": "Dan"}
+    kept, held_out = tasks.split(sorted(patients), 0.5, at_least=1, patients=patients)
+    assert held_out == ("a1", "a2", "c1", "c2") and kept == ("b1", "d1")
 
 
 def test_mining_without_embeddings_is_refused(store, tmp_path):

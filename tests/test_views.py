@@ -29,23 +29,37 @@ def sampler(store):
         threshold=0.7,
         tries_per_partner=3,
         tries=9,
+        by_region=False,
     )
+
+
+class Scores:
+    """Stands in for the search: hands out scores one after another, matching every point to itself; on the way back
+    those of a high score miss by the next of the distances given, or by none."""
+
+    def __init__(self):
+        self.scores, self.back_mm, self.partners, self.rounds = [], [], [], []
+
+    def give(self, scores, back_mm=()):
+        self.scores += scores
+        self.back_mm += back_mm
+
+    def match(self, query, points, key, cycle=True):
+        assert not cycle  # which is looked at only where the score is high
+        if self.rounds and (key, query) == self.rounds[-1]:
+            back_mm = np.array([self.back_mm.pop(0) if self.back_mm else 0.0 for _ in points])
+            return matching.Match(points + back_mm[:, None] * (0.5, 0, 0), np.ones(len(points)), None)  # voxels of 2 mm
+        if not self.rounds or (query, key) != self.rounds[-1]:
+            self.rounds.append((query, key))
+            self.partners.append(key)
+        return matching.Match(np.asarray(points, float), np.array([self.scores.pop(0) for _ in points]), None)
 
 
 @pytest.fixture
 def scores(monkeypatch):
-    """Stands in for the search: hands out these scores one after another, matching every point to itself."""
-    given = []
-    partners = []
-
-    def match(query, points, key):
-        partners.append(key)
-        taken = [given.pop(0) for _ in points]
-        return matching.Match(np.asarray(points, float), np.asarray(taken))
-
-    monkeypatch.setattr(views.matching, "match", match)
-    match.give, match.partners = given.extend, partners
-    return match
+    given = Scores()
+    monkeypatch.setattr(views.matching, "match", given.match)
+    return given
 
 
 def rng(seed=0):
@@ -72,9 +86,62 @@ def test_the_best_of_all_tries_is_kept_and_flagged_when_none_is_good(sampler, sc
     assert sampler.scan_ids[pair.key] == scores.partners[1]
 
 
-def test_a_scan_is_never_its_own_partner_and_all_others_are(sampler):
-    partners = [sampler.partner(2, rng(seed)) for seed in range(200)]
-    assert set(partners) == {0, 1, 3, 4}
+def test_a_match_that_does_not_lead_back_is_not_accepted(sampler, scores):
+    scores.give([0.8, 0.9, 0.75], back_mm=[30.0, 10.0])
+    pair = sampler.mine(0, rng(), sampler.embeddings)
+    assert (pair.score, pair.cycle_mm, pair.redraws, pair.weak) == (0.9, 10.0, 1, False)
+
+
+def test_the_way_back_is_only_looked_at_where_the_score_is_high(sampler, scores):
+    scores.give([0.1, 0.2, 0.8], back_mm=[4.0])
+    rejected = []
+    pair = sampler.mine(0, rng(), sampler.embeddings, rejected)
+    assert pair.cycle_mm == 4.0 and [p.score for p in rejected] == [0.1, 0.2]
+    assert np.isnan([p.cycle_mm for p in rejected]).all()
+
+
+def test_the_best_of_those_that_do_not_lead_back_is_the_nearest(sampler, scores):
+    scores.give([0.69] + 8 * [0.9], back_mm=[40.0, 30.0, 20.0, 11.0, 50.0, 50.0, 50.0, 50.0])
+    pair = sampler.mine(0, rng(), sampler.embeddings)
+    assert (pair.weak, pair.cycle_mm, pair.redraws, pair.weight) == (True, 11.0, 8, 1.0)
+
+
+def test_weak_pairs_are_down_weighted_and_others_are_not(sampler, scores):
+    lighter = dataclasses.replace(sampler, weak="down-weight", weak_weight=0.25)
+    scores.give(9 * [0.1] + [0.9])
+    samples = [lighter(record, rng(record), rng(9)) for record in (0, 1)]
+    assert [(s["weights"], s["meta"]["weak"]) for s in samples] == [(0.25, True), (1.0, False)]
+    assert all(s["weights"].dtype == np.float32 and s["weights"].shape == () for s in samples)
+
+
+def test_redrawing_goes_on_with_other_queries_and_ends(sampler, scores):
+    again = dataclasses.replace(sampler, weak="redraw")
+    scores.give(9 * [0.1] + [0.9])
+    pair = again.mine(0, rng(3), again.embeddings)
+    assert (pair.weak, pair.redraws, pair.score) == (False, 9, 0.9)
+    assert again.scan_ids[pair.query] == scores.rounds[-1][0] and again.scan_ids[pair.key] == scores.rounds[-1][1]
+
+    scores.give(20 * [0.1] + [0.3] + 6 * [0.2])
+    rejected = []
+    pair = again.mine(0, rng(4), again.embeddings, rejected)
+    assert (pair.weak, pair.redraws, pair.score, pair.weight) == (True, 26, 0.3, 1.0) and len(rejected) == 27
+    assert len({p.query for p in rejected}) > 1
+
+
+def test_a_pair_is_a_function_of_its_generator(sampler, scores):
+    scores.give([0.1, 0.8, 0.9] * 2)
+    first, second = (sampler.mine(0, rng(7), sampler.embeddings) for _ in range(2))
+    np.testing.assert_array_equal(first.query_point_zyx_vox, second.query_point_zyx_vox)
+    assert (first.key, first.redraws) == (second.key, second.redraws)
+
+
+def test_a_patient_is_never_paired_with_itself(store, sampler):
+    names = {"case0": "Ann", "case1": "Ann", "case3": "Ann", "case2": "Bob", "case4": "Bob"}
+    named = dataclasses.replace(sampler, embeddings=None, patients=names)
+    assert {named.draw(0, rng(seed)).key for seed in range(50)} == {2, 4}
+    assert {named.draw(4, rng(seed)).key for seed in range(50)} == {0, 1, 3}
+    allowed = dataclasses.replace(named, same_patient="allow")
+    assert {allowed.draw(0, rng(seed)).key for seed in range(50)} == {1, 2, 3, 4}
 
 
 def test_each_sample_has_its_own_match(sampler, scores):
@@ -101,7 +168,8 @@ def test_outside_the_volume_is_zero(store):
 
 def test_without_embeddings_points_are_random_and_nothing_is_weak(sampler):
     pair = dataclasses.replace(sampler, embeddings=None)(0, rng(0), rng(1))["meta"]
-    assert (pair["score"], pair["redraws"], pair["weak"]) == (0, 0, False)
+    assert (pair["score"], pair["redraws"], pair["weak"], pair["weight"]) == (0, 0, False, 1)
+    assert np.isnan(pair["cycle_mm"])
 
 
 def test_paper_masks_differ_between_samples_and_release_masks_do_not(sampler):
@@ -118,7 +186,8 @@ def test_points_lie_in_the_body_and_reach_all_of_it(tmp_path):
     foreground = np.zeros((4, 4, 4), bool)
     foreground[1, 2, 3] = foreground[3, 0, 0] = True
     store.write_scan(make_scan("two_cells", (7, 8, 8)), np.zeros((7, 8, 8), np.int16), foreground)
-    points = {tuple(p) for p in views.foreground_points(store, "two_cells", rng(), 500).tolist()}
+    found = views.foreground_points(store.foreground("two_cells"), (7, 8, 8), rng(), 500)
+    points = {tuple(p) for p in found.tolist()}
     first = {(z, y, x) for z in (2, 3) for y in (4, 5) for x in (6, 7)}
     second = {(6, y, x) for y in (0, 1) for x in (0, 1)}  # the volume ends inside this cell
     assert points == first | second

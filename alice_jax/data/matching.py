@@ -33,10 +33,16 @@ SLAB_CELLS = 16384  # keys searched at once: 4 MB, and the scores of 64 queries 
 
 
 class Match(NamedTuple):
-    """points_zyx_vox: (n, 3) float, centres of the matched cells.  scores: (n,) float in [−1, 1]."""
+    """What was found for n points.
+
+    points_zyx_vox: (n, 3) float, in the key scan.
+    scores: (n,) float in [−1, 1].
+    cycle_mm: (n,) float, how far from a point its match is matched back to; NaN where that was not asked for.
+    """
 
     points_zyx_vox: np.ndarray
     scores: np.ndarray
+    cycle_mm: np.ndarray
 
 
 def cell_of_points(points_zyx_vox: np.ndarray, stride_zyx_vox: Triple, grid_zyx: Triple) -> np.ndarray:
@@ -81,12 +87,15 @@ def search(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray
     return index, best
 
 
-def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = True) -> Match:
+def match(
+    query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = True, *, cycle: bool = True
+) -> Match:
     """The best match in `key` of each of the points (n, 3) of `query`; many points at once cost little more than one.
 
     Args:
       subcell: read the query between the cells' centres, and move the match to the peak of a parabola through the
         scores of its neighbours; otherwise cells are matched to cells, as in the paper.
+      cycle: match back for `cycle_mm`; costs as much again.
 
     Raises:
       UserError: the embeddings are of different embedders, or the key holds no body.
@@ -108,7 +117,12 @@ def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell:
     index, scores = search(vectors, slabs)
     cells = np.stack(np.unravel_index(key.body[index], key.grid_zyx), axis=1)
     offsets = peak_offsets(vectors, cells, scores, key) if subcell else 0.0
-    return Match(points_of_cells(cells + offsets, key.codec.fine.stride_zyx_vox, key.shape_zyx), scores)
+    found = points_of_cells(cells + offsets, key.codec.fine.stride_zyx_vox, key.shape_zyx)
+    cycle_mm = np.full(len(found), np.nan)
+    if cycle:
+        off_zyx_vox = match(key, found, query, subcell, cycle=False).points_zyx_vox - points_zyx_vox
+        cycle_mm = np.linalg.norm(off_zyx_vox * query.codec.spacing_zyx_mm, axis=1)
+    return Match(found, scores, cycle_mm)
 
 
 def peak_offsets(vectors: np.ndarray, cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> np.ndarray:

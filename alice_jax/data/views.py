@@ -4,16 +4,20 @@ Everything is drawn from the generator that is handed in, so a sample is a pure 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from alice_jax.data import masks, matching
+from alice_jax.data.partners import Partners, origins
 from alice_jax.data.store import Store
 
 WINDOW_HU = (-125.0, 225.0)
 AIR_HU = -1024
+DRAWS = 3  # of a whole sample at most, where weak pairs are drawn again
+WEAK = ("keep", "down-weight", "redraw")
 
 
 def windowed(volume_hu: np.ndarray) -> np.ndarray:
@@ -32,11 +36,17 @@ def crop_around(store: Store, scan_id: str, point_zyx_vox: np.ndarray, shape_zyx
     return store.read_crop(scan_id, tuple(start_zyx_vox), tuple(shape_zyx), fill=AIR_HU)
 
 
-def foreground_points(store: Store, scan_id: str, rng: np.random.Generator, count: int) -> np.ndarray:
-    """`(count, 3)` voxels (z, y, x), uniform over the body: a random foreground cell, then a voxel inside it."""
-    cells = np.argwhere(store.foreground(scan_id))
-    points = 2 * cells[rng.integers(len(cells), size=count)] + rng.integers(2, size=(count, 3))
-    return np.minimum(points, np.asarray(store.scan(scan_id).shape_zyx) - 1)
+def foreground_points(
+    foreground: np.ndarray, shape_zyx: Sequence[int], rng: np.random.Generator, count: int
+) -> np.ndarray:
+    """`(count, 3)` voxels (z, y, x), uniform over the body: a random foreground cell, then a voxel inside it.
+
+    foreground: bool, as `Store.foreground` gives it; a cell is 2 voxels.
+    """
+    cells = np.flatnonzero(foreground)
+    chosen = np.unravel_index(cells[rng.integers(len(cells), size=count)], foreground.shape)
+    points = 2 * np.stack(chosen, axis=1) + rng.integers(2, size=(count, 3))
+    return np.minimum(points, np.asarray(shape_zyx) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +54,26 @@ class Pair:
     """Where the two crops of a sample are centred.
 
     Attributes:
+      query, key: which of the sampler's scans.
       score: mean of the fine and coarse cosine similarity; 0 where nothing was matched.
+      cycle_mm: how far from the query's point the key's point is matched back to; NaN where this was not looked at,
+        since the score was too low.
       redraws: points that were tried and not kept.
-      weak: no try reached the threshold, and this is the best of them.
+      weak: no try was accepted, and this is the best of them.
+      fallback: no scan was known to show the query's place, so any other was taken as key.
+      weight: of the pair's losses.
     """
 
+    query: int
     key: int
     query_point_zyx_vox: np.ndarray
     key_point_zyx_vox: np.ndarray
     score: float = 0.0
+    cycle_mm: float = float("nan")
     redraws: int = 0
     weak: bool = False
+    fallback: bool = False
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +88,14 @@ class PairSampler:
       mask_ratio: share of hidden cells.
       column_masks: release masks, drawn once for the whole batch; otherwise each crop draws its own blocks.
       threshold: score from which a match is accepted.
+      cycle_mm: and the farthest that it may be matched back from the query's point.
       tries_per_partner: points tried in one partner before another is drawn.
       tries: points tried in all.
+      weak: what becomes of a pair of which no try was accepted: "keep" the best try, "down-weight" it by
+        `weak_weight`, or "redraw": start anew with other scans, up to `DRAWS` times, and keep the best of all then.
+      by_region: partners are drawn among those that show what the query shows; otherwise among all.
+      same_patient: "avoid" or "allow" pairs of one patient or of equal content.
+      patients: of scans for which the store does not know better.
     """
 
     store: Store
@@ -81,18 +106,25 @@ class PairSampler:
     mask_ratio: float = 0.75
     column_masks: bool = False
     threshold: float = 0.7
+    cycle_mm: float = 10.0
     tries_per_partner: int = 10
     tries: int = 100
+    weak: str = "keep"
+    weak_weight: float = 0.25
+    by_region: bool = True
+    same_patient: str = "avoid"
+    patients: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __call__(self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator) -> dict[str, Any]:
         """The sample as arrays.
 
         Returns:
           "volumes" `(2, depth, height, width, 1)` in [0, 1]; "hidden" `(2, *mask_grid)`, True where the student does
-          not see; and under "meta" which scans and points these are and how they were found.
+          not see; "weights" `()` of the pair's losses; and under "meta" which scans and points these are and how they
+          were found.
         """
         pair = self.draw(record, rng) if self.embeddings is None else self.mine(record, rng, self.embeddings)
-        scans = (self.scan_ids[record], self.scan_ids[pair.key])
+        scans = (self.scan_ids[pair.query], self.scan_ids[pair.key])
         points = (pair.query_point_zyx_vox, pair.key_point_zyx_vox)
         crops = [
             windowed(crop_around(self.store, scan, point, self.crop_shape_zyx))
@@ -104,44 +136,109 @@ class PairSampler:
         return {
             "volumes": np.stack(crops)[..., None],
             "hidden": np.stack(hidden),
+            "weights": np.float32(pair.weight),
             "meta": {
-                "scans": np.array([record, pair.key], np.int32),
+                "scans": np.array([pair.query, pair.key], np.int32),
                 "points_zyx_vox": np.stack(points).astype(np.int32),
                 "score": np.float32(pair.score),
+                "cycle_mm": np.float32(pair.cycle_mm),
                 "redraws": np.int32(pair.redraws),
                 "weak": np.bool_(pair.weak),
+                "fallback": np.bool_(pair.fallback),
+                "weight": np.float32(pair.weight),
             },
         }
 
-    def partner(self, record: int, rng: np.random.Generator) -> int:
-        """Any scan but the query's own."""
-        other = int(rng.integers(len(self.scan_ids) - 1))
-        return other + (other >= record)
+    @cached_property
+    def partners(self) -> Partners:
+        """Who may be paired with whom; made when it is first needed, and the store's region index with it."""
+        if self.same_patient == "avoid":
+            patients, contents = origins(self.store, self.scan_ids, self.patients)
+        else:
+            patients = contents = np.arange(len(self.scan_ids))
+        if self.by_region and self.embeddings is not None:
+            return Partners.learnt(self.store, self.scan_ids, patients, contents)
+        return Partners(patients, contents)
 
     def draw(self, record: int, rng: np.random.Generator) -> Pair:
         """Unmatched crops, for comparison."""
-        key = self.partner(record, rng)
-        query_point = foreground_points(self.store, self.scan_ids[record], rng, 1)[0]
-        return Pair(key, query_point, foreground_points(self.store, self.scan_ids[key], rng, 1)[0])
+        key, fallback = self.partners.draw(record, None, rng)
+        query_point, key_point = (
+            foreground_points(self.store.foreground(id), self.store.scan(id).shape_zyx, rng, 1)[0]
+            for id in (self.scan_ids[record], self.scan_ids[key])
+        )
+        return Pair(record, key, query_point, key_point, fallback=fallback)
 
-    def mine(self, record: int, rng: np.random.Generator, embeddings: Callable[[str], matching.Embedding]) -> Pair:
-        """The first match above the threshold, or the best of all tries, flagged as weak.
+    def mine(
+        self,
+        record: int,
+        rng: np.random.Generator,
+        embeddings: Callable[[str], matching.Embedding],
+        rejected: list[Pair] | None = None,
+    ) -> Pair:
+        """The first match that is accepted, or the best of all tries, flagged as weak.
 
-        After `tries_per_partner` failures another partner is drawn, since some scans share no anatomy. The release
-        keeps its last try instead of its best.
+        The release keeps its last try instead of its best.
+
+        Args:
+          rejected: takes the tries that were not accepted, in their order.
         """
-        query = embeddings(self.scan_ids[record])
         best: Pair | None = None
-        for tried in range(0, self.tries, self.tries_per_partner):
-            key = self.partner(record, rng)
-            points = foreground_points(self.store, self.scan_ids[record], rng, self.tries_per_partner)
-            match = matching.match(query, points, embeddings(self.scan_ids[key]))
-            accepted = np.flatnonzero(match.scores > self.threshold)
-            chosen = int(accepted[0]) if len(accepted) else int(np.argmax(match.scores))
-            if best is None or match.scores[chosen] > best.score:
-                point = np.rint(match.points_zyx_vox[chosen]).astype(int)
-                best = Pair(key, points[chosen], point, float(match.scores[chosen]))
-            if len(accepted):
-                return dataclasses.replace(best, redraws=tried + chosen)
+        tried = 0
+        for start in range(DRAWS if self.weak == "redraw" else 1):
+            query = record if start == 0 else int(rng.integers(len(self.scan_ids)))
+            keys: list[int] = []
+            for _ in range(0, self.tries, self.tries_per_partner):
+                for pair in self._tries(query, rng, embeddings, keys):
+                    if self.accepts(pair):
+                        return dataclasses.replace(pair, redraws=tried)
+                    tried += 1
+                    best = pair if best is None or self._worth(pair) > self._worth(best) else best
+                    if rejected is not None:
+                        rejected.append(pair)
         assert best is not None
-        return dataclasses.replace(best, redraws=self.tries - 1, weak=True)
+        weight = self.weak_weight if self.weak == "down-weight" else 1.0
+        return dataclasses.replace(best, redraws=tried - 1, weak=True, weight=weight)
+
+    def accepts(self, pair: Pair) -> bool:
+        """Whether the score is high enough and the match leads back to the query's point."""
+        return pair.score > self.threshold and pair.cycle_mm <= self.cycle_mm
+
+    def _worth(self, pair: Pair) -> tuple[bool, float]:
+        """Orders tries that were not accepted: those that lead back nearly, then those of a high score."""
+        near = pair.score > self.threshold
+        return near, -pair.cycle_mm if near else pair.score
+
+    def _tries(
+        self,
+        query: int,
+        rng: np.random.Generator,
+        embeddings: Callable[[str], matching.Embedding],
+        keys: list[int],
+    ) -> Iterator[Pair]:
+        """Matches of `tries_per_partner` points of the query's body in a partner that shows the first of them.
+
+        The first is mostly accepted, so points are matched in batches of 1, 2, 4, …, as they are asked for.
+
+        keys: partners tried so far; the one drawn here is added.
+        """
+        scan = self.store.scan(self.scan_ids[query])
+        a, foreground = embeddings(scan.id), self.store.foreground(scan.id)
+        points = foreground_points(foreground, scan.shape_zyx, rng, self.tries_per_partner)
+        index = self.partners.index
+        place = None if index is None else index.place(a.coarse, foreground, points[0])
+        key, fallback = self.partners.draw(query, place, rng, keys)
+        keys.append(key)
+        b = embeddings(self.scan_ids[key])
+        done = 0
+        while done < len(points):
+            batch = points[done : 2 * done + 1]
+            done += len(batch)
+            found = matching.match(a, batch, b, cycle=False)
+            cycles_mm = np.full(len(batch), np.nan)
+            if (high := found.scores > self.threshold).any():
+                back = matching.match(b, found.points_zyx_vox[high], a, cycle=False).points_zyx_vox
+                cycles_mm[high] = np.linalg.norm((back - batch[high]) * scan.spacing_zyx_mm, axis=1)
+            for point, match, score, cycle_mm in zip(batch, found.points_zyx_vox, found.scores, cycles_mm, strict=True):
+                key_point = np.rint(match).astype(int)
+                yield Pair(query, key, point, key_point, float(score), float(cycle_mm), fallback=fallback)

@@ -254,8 +254,12 @@ class Alice:
     def losses(
         self, outputs: Outputs, extra: Tree, batch: Batch, temperature_cls: Any, temperature_tokens: Any
     ) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
-        """Total loss, the mean teacher logits that move the centers, and the metrics."""
+        """Total loss, the mean teacher logits that move the centers, and the metrics.
+
+        Each pair's losses count `batch["weights"]` `(batch,)` times; the centers are those of all pairs alike.
+        """
         weights, total = self.weights, jnp.zeros(())
+        of_pairs = batch["weights"]
         metrics: dict[str, jax.Array] = {}
         stats: dict[str, jax.Array] = {}
 
@@ -264,20 +268,20 @@ class Alice:
 
         if weights.invariance:
             target = losses.teacher_distribution(outputs.teacher_cls, extra["center_cls"], temperature_cls)
-            value = losses.invariance(by_pair(target), by_pair(outputs.student_cls))
+            value = losses.invariance(by_pair(target), by_pair(outputs.student_cls), of_pairs)
             total += weights.invariance * value
             metrics |= {"loss_invariance": value, "teacher_entropy": losses.entropy(target)}
             stats["center_cls"] = outputs.teacher_cls.astype(jnp.float32).mean(0)
         if weights.alignment:
             target = losses.teacher_distribution(outputs.aligned_target, extra["center_tokens"], temperature_tokens)
-            value = losses.alignment(by_pair(target), by_pair(outputs.aligned))
+            value = losses.alignment(by_pair(target), by_pair(outputs.aligned), of_pairs)
             total += weights.alignment * value
             metrics |= {"loss_alignment": value, "teacher_entropy_tokens": losses.entropy(target)}
             stats["center_tokens"] = outputs.aligned_target.astype(jnp.float32).mean((0, 1))
         if weights.reconstruction:
             volumes = batch["volumes"].reshape(outputs.reconstruction.shape)
             hidden = batch["hidden"].reshape(-1, *batch["hidden"].shape[2:]) if self.mode.hidden_only else None
-            value = losses.reconstruction(outputs.reconstruction, volumes, hidden)
+            value = losses.reconstruction(outputs.reconstruction, volumes, hidden, of_pairs.repeat(2))
             total += weights.reconstruction * self.mode.reconstruction_scale * value
             metrics["loss_reconstruction"] = value
         metrics |= {f"norm_{name}": jnp.linalg.norm(extra[name]) for name in ("center_cls", "center_tokens")}

@@ -48,7 +48,8 @@ def _check_call(report, call: str, alice: Alice, centers: dict, cls_temperature:
             aligned_target=by_sample(given["feat2_ali"]),
             reconstruction=by_sample(recon),
         )
-        batch = {"volumes": volumes, "hidden": np.zeros((len(volumes), 2, 1, 1, 1), bool)}
+        hidden, weights = np.zeros((len(volumes), 2, 1, 1, 1), bool), np.ones(len(volumes), np.float32)
+        batch = {"volumes": volumes, "hidden": hidden, "weights": weights}
         return alice.losses(outputs, centers, batch, cls_temperature, tokens_temperature)
 
     arguments = (given["student_cls"], given["feat1_ali"], report.arrays[call + "student_recon"])

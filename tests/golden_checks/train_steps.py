@@ -241,7 +241,8 @@ class _Run:
         report.configuration(at + "mask0", at + "mask1")
         crops = np.stack([volumes["query"][:, 0], volumes["anchor"][:, 0]], axis=1)
         hidden = np.stack(masks, axis=1) > 0
-        return {"volumes": crops[..., None], "hidden": np.repeat(hidden, len(crops) // len(hidden), axis=0)}
+        hidden = np.repeat(hidden, len(crops) // len(hidden), axis=0)
+        return {"volumes": crops[..., None], "hidden": hidden, "weights": np.ones(len(crops), np.float32)}
 
     def _check_outputs(self, at: str, state, batch, outputs) -> None:
         report, arrays = self.report, self.report.arrays
