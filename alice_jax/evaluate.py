@@ -1,96 +1,275 @@
 """Measures a trained part on data with known answers.
 
-    python -m alice_jax.evaluate --task landmarks --store DIR
+    python -m alice_jax.evaluate --task landmarks --store DIR [--truth FOLDER] [--only ID ...]
 
-`landmarks`: how far matched points lie from the true ones, beside the baseline that maps a point to the same relative
-position of the other body's box. The store needs embeddings and known correspondence (phantom patients).
+`landmarks`: how far matched points lie from the true ones, in millimetres, for the project's matcher, for the dense
+matching of the paper, and for the baseline that maps a point to the same relative position of the other body's box; all
+three get the same points. What is true comes from phantoms, from FOLDER/<scan id>/landmarks.json, or from
+FOLDER/<scan id>/labels.nii.gz (docs/landmarks.md). The store needs embeddings.
 """
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from alice_jax import cli
-from alice_jax.data import matching, phantom
+from alice_jax.data import label_maps, landmarks, matching
+from alice_jax.data.landmarks import Questions, Truth
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
 WITHIN_MM = 10.0
+METHODS = ("baseline", "dense", "match")
+LABELS = {
+    "baseline": "relative position",
+    "dense": "dense, as in the paper",
+    "match": "matcher",
+    "returned": f"matcher, cycle ≤ {WITHIN_MM:.0f} mm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Questions of one kind over all pairs, and how each method did.
+
+    Attributes:
+      names: (n,) landmark or organ.
+      pairs: of scans.
+      errors_mm: (n,) by method; NaN where the true place is unknown.
+      same_organ: (n,) by method, 1 where the match lies in the organ that it should, else 0; NaN where nobody asked.
+      cycle_mm: (n,) of the matcher.
+    """
+
+    names: np.ndarray
+    pairs: int
+    errors_mm: dict[str, np.ndarray]
+    same_organ: dict[str, np.ndarray]
+    cycle_mm: np.ndarray
+
+
+def answer(
+    store: Store, reader: matching.EmbeddingReader, pair: tuple[str, str], questions: Questions
+) -> dict[str, np.ndarray]:
+    """The places (n, 3) that each method finds in the key, and the cycle errors of the matcher."""
+    query, key = (reader(id) for id in pair)
+    boxes = [np.array(store.scan(id).foreground_box_zyx_vox) for id in pair]
+    points = questions.points_zyx_vox
+    found = matching.match(query, points, key)
+    return {
+        "baseline": matching.relative_position(points, *boxes),
+        "dense": matching.dense(query, points, key, subcell=False).points_zyx_vox,
+        "match": found.points_zyx_vox,
+        "cycle_mm": found.cycle_mm,
+    }
+
+
+def measure(store: Store, truth: Truth, pairs: Sequence[tuple[str, str]]) -> Answers:
+    """Asks all questions of these pairs (query, key)."""
+    if not pairs:
+        raise UserError(f"store {store.path}: no two of these scans share a landmark or organ; choose others by --only")
+    reader = matching.EmbeddingReader(store)
+    names, cycles = [], []
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
+    same: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
+    for pair in tqdm(pairs, desc="Matching", unit="pair", file=sys.stderr):
+        questions = truth.ask(*pair)
+        found = answer(store, reader, pair, questions)
+        spacing = np.array(store.scan(pair[1]).spacing_zyx_mm)
+        asked = questions.organs != ""
+        names.append(questions.names)
+        cycles.append(found["cycle_mm"])
+        for method in METHODS:
+            errors[method].append(np.linalg.norm((found[method] - questions.truth_zyx_vox) * spacing, axis=1))
+            hits = np.full(len(asked), np.nan)
+            if asked.any():
+                hits[asked] = truth.organ_at(pair[1], found[method][asked]) == questions.organs[asked]
+            same[method].append(hits)
+    join = {name: np.concatenate(value) for name, value in errors.items()}
+    hits_of = {name: np.concatenate(value) for name, value in same.items()}
+    return Answers(np.concatenate(names), len(pairs), join, hits_of, np.concatenate(cycles))
 
 
 def matching_errors(store: Store, ids: Sequence[str], n_points: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Errors in mm of `n_points` random points of each scan matched into the next one, the last into the first.
+    """Errors in mm of `n_points` random points of each phantom matched into the next one, the last into the first.
 
     Returns:
-      {"embedder", "baseline"}: (points,) arrays in the same order.
+      {"baseline", "dense", "match"}: (points,) arrays in the same order.
     """
     if len(ids) < 2:
         raise UserError(f"store {store.path}: landmarks need two scans or more, got {len(ids)}")
-    reader = matching.EmbeddingReader(store)
-    errors: dict[str, list[np.ndarray]] = {"embedder": [], "baseline": []}
-    for id_a, id_b in zip(ids, [*ids[1:], ids[0]], strict=True):
-        a, b = store.scan(id_a), store.scan(id_b)
-        points, truth = phantom.shared_points(phantom.patient_of(a), phantom.patient_of(b), n_points, rng)
-        boxes = np.array(a.foreground_box_zyx_vox), np.array(b.foreground_box_zyx_vox)
-        found = {
-            "embedder": matching.match(reader(id_a), points, reader(id_b)).points_zyx_vox,
-            "baseline": matching.relative_position(points, boxes[0], boxes[1]),
-        }
-        for name, value in found.items():
-            errors[name].append(np.linalg.norm((value - truth) * np.array(b.spacing_zyx_mm), axis=1))
-    return {name: np.concatenate(value) for name, value in errors.items()}
+    truth = landmarks.KnownPoints(store, ids, n_points, int(rng.integers(2**31)))
+    return measure(store, truth, landmarks.pairs(ids, truth, len(ids))).errors_mm
 
 
-def summary(errors_mm: np.ndarray) -> dict[str, float]:
-    """Median, mean and 95th percentile in mm, and the share within 10 mm.
+# -------------------------------------------------------------------- numbers
 
-    >>> summary(np.array([1.0, 3.0, 14.0]))
-    {'median_mm': 3.0, 'mean_mm': 6.0, 'p95_mm': 12.9, 'within_10_mm': 0.667}
+
+def summary(errors_mm: np.ndarray, same_organ: np.ndarray | None = None) -> dict[str, float]:
+    """Median, mean and 95th percentile in mm, the share within 10 mm, and the share in the right organ.
+
+    What is unknown (NaN) is left out; a number of nothing is NaN.
+
+    >>> summary(np.array([1.0, 3.0, 14.0, np.nan]), np.array([np.nan, np.nan, np.nan, 1.0]))
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'points': 3, 'median_mm': 3.0, 'mean_mm': 6.0, 'p95_mm': 12.9, 'within_10_mm': 0.667,
+     'organ_points': 1, 'same_organ': 1.0}
     """
-    values = {
-        "median_mm": np.median(errors_mm),
-        "mean_mm": np.mean(errors_mm),
-        "p95_mm": np.percentile(errors_mm, 95),
-        "within_10_mm": np.mean(errors_mm <= WITHIN_MM),
+    known = errors_mm[~np.isnan(errors_mm)]
+    values: dict[str, float] = {"points": len(known)}
+    values |= {
+        "median_mm": np.median(known) if len(known) else np.nan,
+        "mean_mm": known.mean() if len(known) else np.nan,
+        "p95_mm": np.percentile(known, 95) if len(known) else np.nan,
+        "within_10_mm": np.mean(known <= WITHIN_MM) if len(known) else np.nan,
     }
-    return {name: round(float(value), 3) for name, value in values.items()}
+    if same_organ is not None and not np.isnan(same_organ).all():
+        hits = same_organ[~np.isnan(same_organ)]
+        values |= {"organ_points": len(hits), "same_organ": hits.mean()}
+    return {name: value if isinstance(value, int) else round(float(value), 3) for name, value in values.items()}
+
+
+def summaries(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
+    """{row: {method: summary}}; the rows are the landmarks or organs and at last "all".
+
+    The method "returned" is the matcher where its cycle error is at most 10 mm; its "share" tells how often.
+    """
+    rows = {}
+    for name in [*dict.fromkeys(sorted(answers.names)), "all"]:
+        chosen = answers.names == name if name != "all" else np.full(len(answers.names), True)
+        back = chosen & (answers.cycle_mm <= WITHIN_MM)
+        rows[name] = {
+            method: summary(answers.errors_mm[method][chosen], answers.same_organ[method][chosen]) for method in METHODS
+        }
+        returned = summary(answers.errors_mm["match"][back], answers.same_organ["match"][back])
+        rows[name]["returned"] = returned | {"share": round(float(back.sum() / max(chosen.sum(), 1)), 3)}
+    return rows
 
 
 def table(errors_mm: dict[str, np.ndarray]) -> str:
-    """The summaries as lines of text."""
-    lines = [f"{'matching error':<20}{'median':>10}{'mean':>10}{'p95':>10}{'within 10 mm':>15}"]
-    for name, label in (("baseline", "relative position"), ("embedder", "embedder")):
-        s = summary(errors_mm[name])
-        numbers = "".join(f"{s[key]:>7.1f} mm" for key in ("median_mm", "mean_mm", "p95_mm"))
-        lines.append(f"{label:<20}{numbers}{s['within_10_mm']:>13.0%}")
+    """The summaries of methods as lines of text."""
+    return "\n".join([_header("matching error"), *(_line(name, summary(values)) for name, values in errors_mm.items())])
+
+
+def report(kind: str, answers: Answers) -> str:
+    """A line for each landmark or organ, then all of them with more numbers."""
+    rows = summaries(answers)
+    organs = not all(np.isnan(values).all() for values in answers.same_organ.values())
+    lines = [f"{kind}: {answers.pairs} ordered pairs of scans, {len(answers.names)} points"]
+    if len(rows) > 2:
+        columns = f"{'median':>10}{'p95':>6}{'≤10':>6}" + (f"{'organ':>7}" if organs else "")
+        titles = "".join(f"   {LABELS[m].split(',')[0]:<{len(columns) - 3}}" for m in METHODS)
+        lines += [f"{'':<26}{titles}", f"{'':<20}{'points':>6}{columns * len(METHODS)}{'return':>9}"]
+        lines += [_row(name, row, organs) for name, row in rows.items() if name != "all"]
+    lines += [_header("all") + (f"{'same organ':>12}" if organs else "")]
+    for method, values in rows["all"].items():
+        line = _line(method, values) + (_cell(values.get("same_organ"), "{:.0%}", 12) if organs else "")
+        lines.append(line + (f"   ({values['share']:.0%} return)" if method == "returned" else ""))
     return "\n".join(lines)
+
+
+def _row(name: str, row: dict[str, dict[str, float]], organs: bool) -> str:
+    parts = [f"{name[:19]:<20}{row['match']['points']:>6}"]
+    for method in METHODS:
+        values = row[method]
+        parts += [_cell(values["median_mm"], "{:.1f}", 10), _cell(values["p95_mm"], "{:.1f}", 6)]
+        parts.append(_cell(values["within_10_mm"], "{:.0%}", 6))
+        parts += [_cell(values.get("same_organ"), "{:.0%}", 7)] if organs else []
+    return "".join(parts) + _cell(row["returned"]["share"], "{:.0%}", 9)
+
+
+def _header(title: str) -> str:
+    return f"{title:<26}{'points':>8}{'median':>10}{'mean':>10}{'p95':>10}{'≤ 10 mm':>10}"
+
+
+def _line(method: str, values: Mapping[str, float]) -> str:
+    numbers = "".join(_cell(values[key], "{:.1f} mm", 10) for key in ("median_mm", "mean_mm", "p95_mm"))
+    return (
+        f"{LABELS.get(method, method):<26}{values['points']:>8}{numbers}{_cell(values['within_10_mm'], '{:.0%}', 10)}"
+    )
+
+
+def _cell(value: float | None, form: str, width: int) -> str:
+    return f"{'–' if value is None or np.isnan(value) else form.format(value):>{width}}"
+
+
+# -------------------------------------------------------------------- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    args = _parse(argv)
+    store = Store.open(args.store)
+    for id in args.only:
+        store.scan(id)  # or an error that names near ones
+    ids = list(dict.fromkeys(args.only)) or store.ids()
+    if len(ids) < 2:
+        raise UserError(f"--store {store.path}: landmarks need two scans or more, got {len(ids)}")
+    matching.read_embedding(store, ids[0])  # where there is none, an error before the work
+    names = label_maps.names_of(args.label_names) if args.label_names else None
+    truths = landmarks.read_truth(store, ids, args.truth, names, args.names, args.points, args.seed)
+    numbers: dict[str, Any] = {}
+    for kind, truth in truths.items():
+        found = landmarks.pairs(ids, truth, args.pairs)
+        if not found and len(truths) > 1:
+            print(f"{kind}: no two of these scans share one\n")
+            continue
+        answers = measure(store, truth, found)
+        print(report(kind, answers))
+        print(_about(kind, truth) + "\n")
+        numbers[kind] = {"pairs": answers.pairs, "rows": summaries(answers)}
+    if args.json:
+        Path(args.json).write_text(json.dumps(_without_nan(numbers), indent=2) + "\n")
+    return 0
+
+
+def _about(kind: str, truth: Truth) -> str:
+    """What the numbers of a kind mean, in a line."""
+    if isinstance(truth, landmarks.Organs):
+        cut = {name for labels in truth.labels.values() for name in labels.cut_off}
+        words = "mm: centroid of the organ against its centroid; organ: random points of it that stay in it."
+        if cut:
+            shown = ", ".join(sorted(cut)[:6]) + (", …" if len(cut) > 6 else "")
+            words += f" Not the centroids that the edge of a scan cuts off ({shown})."
+        return words
+    if kind == "landmarks":
+        return "Distances from the marks, whose own error they hold. Places: world_ras_mm where given, else voxel_ijk."
+    return "Random points of phantom bodies, whose true places are known exactly."
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m alice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, choices=["landmarks"])
-    parser.add_argument("--store", required=True, help="store with embeddings")
-    parser.add_argument("--points", type=int, default=200, help="points matched from each scan")
+    parser.add_argument("--store", required=True, metavar="DIR", help="store with embeddings")
+    parser.add_argument("--truth", metavar="FOLDER", help="of <scan id>/landmarks.json and <scan id>/labels.nii.gz")
+    parser.add_argument("--label-names", metavar="JSON", help='{"1": "spleen", …} (default: "labels" of meta.json)')
+    parser.add_argument("--only", nargs="+", default=[], metavar="ID", help="scans to judge (default: all)")
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="landmarks and organs (default: all)")
+    parser.add_argument("--pairs", type=int, default=200, help="ordered pairs of scans at most (default: 200)")
+    parser.add_argument("--points", type=int, default=200, help="random points of each pair (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of points")
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    if args.points < 1:
-        raise UserError(f"--points {args.points}: give a whole number of 1 or more")
+    for name in ("pairs", "points"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give a whole number of 1 or more")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: its folder does not exist; create it or name another file")
-    store = Store.open(args.store)
-    errors = matching_errors(store, store.ids(), args.points, np.random.default_rng(args.seed))
-    print(table(errors))
-    if args.json:
-        numbers = {name: summary(value) for name, value in errors.items()} | {"points": len(errors["embedder"])}
-        Path(args.json).write_text(json.dumps(numbers, indent=2) + "\n")
-    return 0
+    return args
 
 
 if __name__ == "__main__":

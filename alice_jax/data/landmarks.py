@@ -8,8 +8,9 @@ Three kinds of truth:
   and random points of an organ, of which only is known that they belong to it in both scans.
 """
 
+import difflib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -39,6 +40,8 @@ class Questions(NamedTuple):
 class Truth(Protocol):
     """One kind of truth about some scans."""
 
+    names: set[str]  # of all landmarks or organs
+
     def shared(self, query: str, key: str) -> bool:
         """Whether anything can be asked of this pair."""
 
@@ -60,6 +63,7 @@ class KnownPoints:
         self.patients = {id: phantom.patient_of(store.scan(id)) for id in ids}
         self.labels = {id: label_maps.from_store(store, id) for id in ids}
         self.count, self.seed, self.only = count, seed, only
+        self.names = {name for labels in self.labels.values() if labels for name in labels.names} | {"unlabelled"}
 
     def shared(self, query: str, key: str) -> bool:
         return query in self.patients and key in self.patients
@@ -81,21 +85,30 @@ class KnownPoints:
 
 
 class Landmarks:
-    """Marked points: `places` holds for each scan the stored voxels (3,) of its landmarks by name."""
+    """Marked points.
 
-    def __init__(self, places: Mapping[str, Mapping[str, np.ndarray]]):
-        self.places = places
+    Args:
+      places: for each scan the stored voxels (3,) of its landmarks by name.
+      only: those to ask for; all by default.
+    """
+
+    def __init__(self, places: Mapping[str, Mapping[str, np.ndarray]], only: Sequence[str] = ()):
+        self.places, self.only = places, only
+        self.names = {name for marks in places.values() for name in marks}
 
     def shared(self, query: str, key: str) -> bool:
-        return bool(self.places.get(query, {}).keys() & self.places.get(key, {}).keys())
+        return bool(self._common(query, key))
 
     def ask(self, query: str, key: str) -> Questions:
-        names = [name for name in self.places[query] if name in self.places[key]]
+        names = self._common(query, key)
         here, there = (np.array([self.places[id][name] for name in names]) for id in (query, key))
         return Questions(np.array(names), here, there, np.full(len(names), ""))
 
     def organ_at(self, id: str, points_zyx_vox: np.ndarray) -> np.ndarray:
         raise AssertionError("landmarks ask for no organ")
+
+    def _common(self, query: str, key: str) -> list[str]:
+        return _shared(self.places.get(query, ()), self.places.get(key, ()), self.only)
 
 
 class Organs:
@@ -108,6 +121,7 @@ class Organs:
 
     def __init__(self, labels: Mapping[str, LabelMap], count: int, seed: int = 0, only: Sequence[str] = ()):
         self.labels, self.count, self.seed, self.only = labels, count, seed, only
+        self.names = {name for organs in labels.values() for name in organs.names}
 
     def shared(self, query: str, key: str) -> bool:
         return bool(self._common(query, key))
@@ -134,8 +148,11 @@ class Organs:
     def _common(self, query: str, key: str) -> list[str]:
         if query not in self.labels or key not in self.labels:
             return []
-        both = [name for name in self.labels[query].names if name in self.labels[key].names]
-        return [name for name in both if not self.only or name in self.only]
+        return _shared(self.labels[query].names, self.labels[key].names, self.only)
+
+
+def _shared(here: Collection[str], there: Collection[str], only: Sequence[str]) -> list[str]:
+    return [name for name in here if name in there and (not only or name in only)]
 
 
 def _stream(seed: int, query: str, key: str) -> np.random.Generator:
@@ -200,10 +217,9 @@ def read_truth(
     else:
         if not Path(folder).is_dir():
             raise UserError(f"--truth {folder}: there is no such folder")
-        points = {id: _read_landmarks(store, id, Path(folder, id, "landmarks.json")) for id in ids}
-        chosen = {id: {k: v for k, v in places.items() if not only or k in only} for id, places in points.items()}
-        if any(chosen.values()):
-            found["landmarks"] = Landmarks(chosen)
+        marks = {id: _read_landmarks(store, id, Path(folder, id, "landmarks.json")) for id in ids}
+        if any(marks.values()):
+            found["landmarks"] = Landmarks(marks, only)
         maps = _read_label_maps(store, ids, Path(folder), names)
         what = f"--truth {folder}"
         remedy = "no <scan id>/landmarks.json and no <scan id>/labels.nii.gz for the scans chosen" + (
@@ -213,6 +229,11 @@ def read_truth(
         found["organs"] = Organs(maps, count, seed, only)
     if not found:
         raise UserError(f"{what}: {remedy}")
+    known = {name for truth in found.values() for name in truth.names}
+    for name in only:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:5]
+            raise UserError(f"--names {name}: nothing is called so; there are {', '.join(near)}")
     return found
 
 
