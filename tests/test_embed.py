@@ -56,11 +56,12 @@ def test_every_scan_is_embedded_and_matches_to_itself(store, embedder):
     summary = embed.embed_store(store, embedder)
     assert (summary.embedded, summary.skipped) == (3, 0)
     scan = matching.read_embedding(store, "b")
-    assert scan.fine.shape == (12, 20, 18, 8) and scan.fine.dtype == np.int8
-    assert not scan.fine[:2].any() and scan.fine[2:-2, 2:-2, 2:-2].any(axis=-1).all()
+    fine = scan.dense()
+    assert fine.shape == (12, 20, 18, 8) and fine.dtype == np.int8
+    assert not fine[:2].any() and fine[2:-2, 2:-2, 2:-2].any(axis=-1).all()
     # Cells' centres, since between the cells of an untrained network the vectors mean little.
     points = 2 * np.random.default_rng(0).integers(3, np.array(SHAPE) // 2 - 3, size=(40, 3)) + 0.5
-    match = matching.match(scan, points, scan)
+    match = matching.dense(scan, points, scan, subcell=True)
     assert np.abs(match.points_zyx_vox - points).max() <= 2  # one stride
     assert embed.bytes_per_scan(store) > 1000
 
@@ -124,7 +125,7 @@ def test_int8_and_the_projection_keep_the_match(store):
     store.write_scan(store.scan("copy"), volume, store.foreground("a"))
     embed.embed_store(store, embedder)
     whole = embed.WholeVolume(embedder)
-    cells = np.argwhere(matching.read_embedding(store, "a").fine.any(axis=-1))
+    cells = np.argwhere(matching.read_embedding(store, "a").dense().any(axis=-1))
     exact = []
     for id in ("a", "copy"):
         fine, coarse = whole(store.read_volume(id))
@@ -133,7 +134,7 @@ def test_int8_and_the_projection_keep_the_match(store):
         exact.append(np.concatenate([fine[tuple(cells.T)], up[tuple(cells.T)]], axis=1))
     want = (exact[0] @ exact[1].T).argmax(axis=1)
     a, copy = (matching.read_embedding(store, id) for id in ("a", "copy"))
-    got, _ = matching.search(a.vectors(cells) / 2, [copy.keys])
+    got, _ = matching.nearest(a.vectors(cells) / 2, [copy.keys])
     assert np.mean(got == want) >= 0.95
 
 

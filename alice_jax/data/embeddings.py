@@ -1,4 +1,4 @@
-"""Embeddings as they lie in a store: projected, rounded to int8, nothing outside the body.
+"""Embeddings as they lie in a store: projected, rounded to int8, nothing outside the body, in the order of a search.
 
 The network gives unit vectors of 128 channels per fine cell: 197 MB for a torso of 120×160×160 voxels in fp32.
 On disk that becomes, once per embedder (`fit_codec`) and then per scan (`Codec.encode`):
@@ -6,262 +6,215 @@ On disk that becomes, once per embedder (`fit_codec`) and then per scan (`Codec.
 - project onto the leading directions of the vectors' second moment (an SVD without centring, so that dot products
   survive) and normalise again: cosine similarities stay what they were up to the energy left out;
 - round each direction to int8 by a step of its own;
-- set cells outside the body to zero; matching skips them and the codec of the store squeezes them to nothing.
+- set cells outside the body to zero; matching skips them and the codec of the store squeezes them to nothing;
+- cut the grid into cubes of about 16 mm (`octree`), leave out those without body, and keep beside the cells what a
+  search is guided by: for each cube and its parts the mean of the cells' vectors, fine and coarse one behind another.
 
-In the store: `STORE/embedder.json` (this codec and its hash), and per scan the arrays `fine` and `coarse`
-((z, y, x, dims) int8) and `embedder`, the hash of the codec that they were written by, written last.
+In the store: `STORE/embedder.json` (this codec and its hash), and per scan `cubes` ((z, y, x, 2·dims) int8, zero where
+there is no body), `fine` ((cubes with body, bytes) int8: first the means of the parts, (parts, 2·dims), then the cells,
+(cells, dims)), `coarse` ((z, y, x, dims) int8) and `embedder`, the hash of the codec that wrote them all, last.
 """
 
-import base64
 import dataclasses
-import hashlib
-import json
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from alice_jax.data.codec import Codec, Level, fit_level, normalise, read_codec
 from alice_jax.data.store import Store
+from alice_jax.data.upsampling import corners, interpolation, strides, upsampled_slabs
 from alice_jax.errors import UserError
 
+__all__ = [
+    "Codec",
+    "Embedding",
+    "EmbeddingReader",
+    "Level",
+    "body_cells",
+    "embedded_by",
+    "fit_level",
+    "interpolation",
+    "normalise",
+    "read_codec",
+    "read_embedding",
+    "upsampled_slabs",
+    "write_embedding",
+]
+
 Triple = tuple[int, int, int]
-CODEC_FILE = "embedder.json"
 HASH = "embedder"  # array of 32 bytes
-CHUNK = 16  # cells read at once
-FORMAT = 1
-EPSILON = 1e-12
+ARRAYS = ("cubes", "fine", "coarse", HASH)
+EXPANDED = ("body", "keys", "cube_row", "cube_cells", "cube_vectors", "coarse_vectors")
+CHUNK_BYTES = 8 << 10  # read at once, and at least what belongs to a cube
 
 
-def normalise(vectors: np.ndarray) -> np.ndarray:
-    """Unit length over the last axis; zero vectors stay zero."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), EPSILON)
+class Rows:
+    """Rows of an array in a store, each read when it is first asked for.
 
-
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """How one of the two levels is stored.
-
-    stride_zyx_vox: store voxels per cell; cell i covers the voxels [i·stride, (i + 1)·stride).
-    projection: (channels, dims) fp32 with orthonormal columns.
-    step: (dims,) fp32; an int8 component times its step is the component.
+    array: of all rows; those not read yet are undefined, and take no memory before they are.
     """
 
-    stride_zyx_vox: Triple
-    projection: np.ndarray
-    step: np.ndarray
+    def __init__(self, shape: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]):
+        self.array, self._read = np.empty(shape, np.int8), read
+        self._missing = np.ones(shape[0], bool)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """(…, channels) unit vectors -> (…, dims) int8."""
-        components = normalise(vectors.astype(np.float32) @ self.projection) / self.step
-        return np.clip(np.rint(components), -127, 127).astype(np.int8)
+    def load(self, rows: np.ndarray) -> None:
+        """Makes the rows (n,), which may repeat, available."""
+        wanted = rows[self._missing[rows]]
+        if len(wanted) and self.array.size:
+            wanted = np.unique(wanted)
+            self.array[wanted] = self._read(wanted)
+            self._missing[wanted] = False  # last, as another thread may ask for the same
 
-    def decode(self, stored: np.ndarray) -> np.ndarray:
-        """(…, dims) int8 -> (…, dims) fp32 unit vectors (zero where nothing is stored)."""
-        return normalise(stored * self.step)
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec:
-    """How embeddings of one embedder are stored.
-
-    embedder: hash of the network's weights and settings.
-    spacing_zyx_mm: of the scans that the embedder was trained on and can embed.
-    """
-
-    embedder: str
-    spacing_zyx_mm: tuple[float, float, float]
-    fine: Level
-    coarse: Level
-
-    @cached_property
-    def hash(self) -> str:
-        """Names embeddings that can be compared with each other."""
-        return hashlib.sha256(json.dumps(self._as_dict(), sort_keys=True).encode()).hexdigest()
-
-    def _as_dict(self) -> dict[str, Any]:
-        def level(x: Level) -> dict[str, Any]:
-            return {
-                "stride_zyx_vox": list(x.stride_zyx_vox),
-                "dims": len(x.step),
-                "projection": _to_text(x.projection),
-                "step": _to_text(x.step),
-            }
-
-        return {
-            "format": FORMAT,
-            "embedder": self.embedder,
-            "spacing_zyx_mm": list(self.spacing_zyx_mm),
-            "fine": level(self.fine),
-            "coarse": level(self.coarse),
-        }
-
-    def save(self, store: Store) -> None:
-        store.write_json(CODEC_FILE, self._as_dict() | {"hash": self.hash})
+    @property
+    def nbytes(self) -> int:
+        """Bytes read so far."""
+        return self.array.nbytes // max(len(self.array), 1) * int(np.count_nonzero(~self._missing))
 
 
-def _to_text(array: np.ndarray) -> str:
-    return base64.b64encode(array.astype("<f4").tobytes()).decode()
-
-
-def _from_text(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
-
-
-def fit_level(samples: Iterable[np.ndarray], stride_zyx_vox: Triple, dims: int) -> Level:
-    """The projection onto the `dims` leading directions of the sampled unit vectors, each array (n, channels)."""
-    samples = [np.asarray(x, np.float64) for x in samples]
-    moment = sum(x.T @ x for x in samples)
-    values, vectors = np.linalg.eigh(moment)
-    projection = vectors[:, np.argsort(values)[::-1][:dims]].astype(np.float32)
-    largest = np.max([np.abs(normalise(x @ projection)).max(axis=0) for x in samples], axis=0)
-    # A quarter more than the samples' largest value for what other scans may hold; no component exceeds 1.
-    step = np.clip(1.25 * largest, 1e-3, 1) / 127
-    return Level(stride_zyx_vox, projection, step.astype(np.float32))
-
-
-def read_codec(store: Store) -> Codec | None:
-    """The codec of the store's embeddings; None where nothing was embedded yet."""
-    raw = store.read_json(CODEC_FILE)
-    if raw is None:
-        return None
-    if raw.get("format") != FORMAT:
-        raise UserError(
-            f"store {store.path}: embeddings of format {raw.get('format')}, this version reads {FORMAT}; "
-            "run alice_jax.embed again"
-        )
-
-    def level(x: dict[str, Any]) -> Level:
-        return Level(
-            tuple(x["stride_zyx_vox"]), _from_text(x["projection"]).reshape(-1, x["dims"]), _from_text(x["step"])
-        )
-
-    return Codec(raw["embedder"], tuple(raw["spacing_zyx_mm"]), level(raw["fine"]), level(raw["coarse"]))
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Embedding:
-    """The embedding of one scan: compact as stored, expanded where it is searched.
+    """The embedding of one scan: what guides a search, and the cells as far as they were looked at.
 
-    fine: (z, y, x, dims) int8, zero outside the body.  coarse: (z, y, x, dims) int8.
     shape_zyx: of the scan in voxels.
+    cubes, coarse: as stored.  rows: of `fine` as stored, read when needed.
     """
 
     id: str
     shape_zyx: Triple
     codec: Codec
-    fine: np.ndarray
+    cubes: np.ndarray
     coarse: np.ndarray
+    rows: Rows
 
-    @property
+    @cached_property
     def grid_zyx(self) -> Triple:
         """The fine grid."""
-        z, y, x = self.fine.shape[:3]
+        z, y, x = (-(-n // s) for n, s in zip(self.shape_zyx, self.codec.fine.stride_zyx_vox, strict=True))
         return z, y, x
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, with what was expanded so far."""
-        expanded = (self.__dict__.get(name) for name in ("body", "keys", "_coarse_vectors"))
-        return sum(array.nbytes for array in (self.fine, self.coarse, *expanded) if array is not None)
+        """Bytes in memory, with what was read and expanded so far."""
+        expanded = [self.__dict__[name] for name in EXPANDED if name in self.__dict__]
+        return sum(part.nbytes for part in (self.cubes, self.coarse, self.rows, *expanded))
+
+    # -------------------------------------------------------- cells of the search
 
     @cached_property
-    def body(self) -> np.ndarray:
-        """(cells,) int: the fine cells that hold a vector, as flat indices in C order."""
-        rows = self.fine.reshape(-1, self.fine.shape[-1])
-        rows = rows.view(np.int64) if rows.shape[1] % 8 == 0 else rows  # eight components at once
-        return np.flatnonzero(rows.any(axis=-1))
+    def cube_row(self) -> np.ndarray:
+        """(z, y, x) int: the row of a cube, −1 for one without body."""
+        body = filled(self.cubes)
+        return np.where(body, np.cumsum(body).reshape(body.shape) - 1, -1)
 
     @cached_property
-    def keys(self) -> np.ndarray:
-        """(body cells, 2·dims) fp32: the fine and the interpolated coarse unit vector of every body cell."""
-        cells, dims = self.body, self.fine.shape[-1]
-        keys = np.empty((len(cells), dims + self.coarse.shape[-1]), np.float32)
-        fine = self.fine.reshape(-1, dims)
-        plane = self.grid_zyx[1] * self.grid_zyx[2]
-        bounds = np.searchsorted(cells, np.arange(self.grid_zyx[0] + 1) * plane)
-        for z, slab in enumerate(upsampled_slabs(self._coarse_vectors, self.grid_zyx, self._ratios)):
-            rows = slice(bounds[z], bounds[z + 1])
-            inside = cells[rows]
-            keys[rows, :dims] = self.codec.fine.decode(fine[inside])
-            keys[rows, dims:] = slab.reshape(plane, -1)[inside - z * plane]
-        return keys
+    def cube_cells(self) -> np.ndarray:
+        """(rows, 3): the first fine cell of each cube."""
+        return np.argwhere(self.cube_row >= 0) * self.codec.octree.cube_zyx
+
+    @cached_property
+    def cube_vectors(self) -> np.ndarray:
+        """(rows, 2·dims) fp32: fine and coarse unit vector of each cube."""
+        return self.cubes[self.cube_row >= 0] * self.codec.step
+
+    @cached_property
+    def guide(self) -> np.ndarray:
+        """(rows, parts, 2·dims) int8: the mean vectors of the parts of cubes, as far as read."""
+        dims = len(self.codec.step)
+        return self.rows.array[:, : self.codec.octree.starts[-1] * dims].reshape(len(self.rows.array), -1, dims)
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """(rows, cells, dims) int8: the fine vectors, as far as read."""
+        start, dims = self.codec.octree.starts[-1] * len(self.codec.step), len(self.codec.fine.step)
+        return self.rows.array[:, start:].reshape(len(self.rows.array), -1, dims)
+
+    def rows_of(self, cells_zyx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and place in it of fine cells (n, 3) of the grid; row −1 where there is none."""
+        cube, place = np.divmod(cells_zyx, self.codec.octree.cube_zyx)
+        return self.cube_row[tuple(cube.T)], self.codec.octree.slots[tuple(place.T)]
+
+    def stored(self, cells_zyx: np.ndarray) -> np.ndarray:
+        """(n, dims) int8 of fine cells (n, 3) of the grid, zero outside the body."""
+        rows, places = self.rows_of(cells_zyx)
+        inside = rows >= 0
+        self.rows.load(rows[inside])
+        found = self.cells[rows, places]
+        found[~inside] = 0
+        return found
 
     def vectors(self, cells_zyx: np.ndarray) -> np.ndarray:
-        """(n, 2·dims) fp32: the same for given cells (n, 3); the fine half is zero outside the body."""
-        fine = self.codec.fine.decode(self.fine[tuple(cells_zyx.T)])
-        return np.concatenate([fine, self._coarse_at(cells_zyx)], axis=1, dtype=np.float32)
+        """(n, 2·dims) fp32: fine and interpolated coarse unit vector of fine cells (n, 3); the fine half is zero
+        outside the body."""
+        fine = self.codec.fine.decode(self.stored(cells_zyx))
+        return np.concatenate([fine, self.coarse_at(cells_zyx)], axis=1, dtype=np.float32)
 
     def vectors_at(self, points_zyx_vox: np.ndarray) -> np.ndarray:
         """(n, 2·dims) fp32 unit vectors at points (n, 3) between the cells' centres: trilinear, normalised again.
 
         Cells outside the body do not count; where all eight are, the fine half is zero.
         """
-        at = (np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5
-        at = np.clip(at, 0, np.array(self.grid_zyx) - 1)
-        low = at.astype(int)
-        fine = np.zeros((len(at), self.fine.shape[-1]), np.float32)
-        for corner in np.ndindex(2, 2, 2):
-            cells = np.minimum(low + corner, np.array(self.grid_zyx) - 1)
-            weight = np.where(corner, at - low, 1 - (at - low)).prod(axis=1, keepdims=True)
-            fine += weight * self.codec.fine.decode(self.fine[tuple(cells.T)])
-        return np.concatenate([normalise(fine), self._coarse_at(at)], axis=1, dtype=np.float32)
+        last = np.array(self.grid_zyx) - 1
+        at = np.clip((np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5, 0, last)
+        cells, weights = corners(at, last)
+        around = self.codec.fine.decode(self.stored(cells.reshape(-1, 3))).reshape(*weights.shape, -1)
+        fine = normalise(np.einsum("nk,nkc->nc", weights, around))
+        return np.concatenate([fine, self.coarse_at(at)], axis=1, dtype=np.float32)
 
-    def _coarse_at(self, cells_zyx: np.ndarray) -> np.ndarray:
+    def coarse_at(self, cells_zyx: np.ndarray) -> np.ndarray:
         """(n, dims) unit vectors at fine cells (n, 3), which may be fractions."""
-        weights = []
-        for axis, (size, ratio) in enumerate(zip(self.coarse.shape[:3], self._ratios, strict=True)):
-            at = np.clip((cells_zyx[:, axis] + 0.5) * ratio - 0.5, 0, size - 1)
-            weights.append(np.maximum(1 - np.abs(at[:, None] - np.arange(size)), 0).astype(np.float32))
-        return normalise(np.einsum("nz,ny,nx,zyxc->nc", *weights, self._coarse_vectors, optimize=True))
+        last = np.array(self.coarse.shape[:3]) - 1
+        cells, weights = corners(np.clip((cells_zyx + 0.5) * self.codec.ratios - 0.5, 0, last), last)
+        around = self.coarse_vectors.reshape(-1, self.coarse.shape[-1])[cells @ strides(self.coarse)]
+        return normalise(np.einsum("nk,nkc->nc", weights, around))
 
     @cached_property
-    def _coarse_vectors(self) -> np.ndarray:
+    def coarse_vectors(self) -> np.ndarray:
+        """(z, y, x, dims) fp32."""
         return self.codec.coarse.decode(self.coarse)
 
-    @property
-    def _ratios(self) -> tuple[float, ...]:
-        fine, coarse = self.codec.fine.stride_zyx_vox, self.codec.coarse.stride_zyx_vox
-        return tuple(f / c for f, c in zip(fine, coarse, strict=True))
+    # -------------------------------------------------------- all cells
+
+    def dense(self) -> np.ndarray:
+        """(z, y, x, dims) int8: the fine cells on their grid."""
+        self.rows.load(np.arange(len(self.cells)))
+        fine = np.zeros((*self.grid_zyx, self.cells.shape[-1]), np.int8)
+        cells = (self.cube_cells[:, None] + self.codec.octree.places).reshape(-1, 3)
+        inside = (cells < self.grid_zyx).all(axis=1)
+        fine[tuple(cells[inside].T)] = self.cells.reshape(len(cells), -1)[inside]
+        return fine
+
+    @cached_property
+    def body(self) -> np.ndarray:
+        """(cells,) int: the fine cells that hold a vector, as flat indices in C order."""
+        return np.flatnonzero(filled(self.dense()))
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """(body cells, 2·dims) fp32: the fine and the interpolated coarse unit vector of every body cell."""
+        fine = self.dense()
+        cells, dims = self.body, fine.shape[-1]
+        keys = np.empty((len(cells), dims + self.coarse.shape[-1]), np.float32)
+        plane = self.grid_zyx[1] * self.grid_zyx[2]
+        bounds = np.searchsorted(cells, np.arange(self.grid_zyx[0] + 1) * plane)
+        for z, slab in enumerate(upsampled_slabs(self.coarse_vectors, self.grid_zyx, self.codec.ratios)):
+            rows = slice(bounds[z], bounds[z + 1])
+            inside = cells[rows]
+            keys[rows, :dims] = self.codec.fine.decode(fine.reshape(-1, dims)[inside])
+            keys[rows, dims:] = slab.reshape(plane, -1)[inside - z * plane]
+        return keys
 
 
-# ---------------------------------------------------------------- coarse to fine
-
-
-def interpolation(size: int, coarse_size: int, ratio: float) -> np.ndarray:
-    """(size, coarse_size) fp32 weights of linear interpolation with half-pixel centres, held beyond the outer centres.
-
-    ratio: coarse cells per fine cell.
-
-    >>> interpolation(4, 2, 0.5).tolist()
-    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
-    """
-    at = np.clip((np.arange(size) + 0.5) * ratio - 0.5, 0, coarse_size - 1)
-    low = np.minimum(at.astype(int), max(coarse_size - 2, 0))
-    weights = np.zeros((size, coarse_size), np.float32)
-    rows = np.arange(size)
-    weights[rows, low] = 1 - (at - low)
-    weights[rows, np.minimum(low + 1, coarse_size - 1)] += at - low
-    return weights
-
-
-def upsampled_slabs(
-    coarse: np.ndarray, grid_zyx: Triple, ratios_zyx: tuple[float, ...] | None = None
-) -> Iterator[np.ndarray]:
-    """Coarse vectors (z, y, x, dims) on a fine grid: trilinear with half-pixel centres, normalised again.
-
-    Yields (y, x, dims) fp32 for each fine z; one axis after the other by matrix products.
-    ratios_zyx: coarse cells per fine cell; by default both grids are taken to cover the same extent.
-    """
-    ratios_zyx = ratios_zyx or tuple(c / n for c, n in zip(coarse.shape[:3], grid_zyx, strict=True))
-    wz, wy, wx = (interpolation(n, c, r) for n, c, r in zip(grid_zyx, coarse.shape[:3], ratios_zyx, strict=True))
-    flat = coarse.reshape(coarse.shape[0], -1)
-    for z in range(grid_zyx[0]):
-        plane = (wz[z] @ flat).reshape(coarse.shape[1], -1)
-        rows = (wy @ plane).reshape(grid_zyx[1], coarse.shape[2], coarse.shape[3])
-        yield normalise(np.matmul(wx, rows))
+def filled(stored: np.ndarray) -> np.ndarray:
+    """(…, dims) int8 -> (…) bool, where there is a vector."""
+    if stored.shape[-1] % 8 == 0:
+        stored = np.ascontiguousarray(stored).view(np.int64)  # eight components at once
+    return np.any(stored, axis=-1, keepdims=True)[..., 0]
 
 
 # ---------------------------------------------------------------- in the store
@@ -284,24 +237,57 @@ def write_embedding(store: Store, id: str, codec: Codec, fine: np.ndarray, coars
     fine: (z, y, x, channels) unit vectors on the grid ceil(shape / stride); coarse likewise.
     """
     body = body_cells(store.foreground(id), fine.shape[:3], codec.fine.stride_zyx_vox)
-    small = codec.fine.encode(fine)
-    small[~body] = 0
+    small_coarse = codec.coarse.encode(coarse)
+    cubes, rows = arranged(codec, fine, body, small_coarse)
     store.write_array(id, HASH, np.zeros(32, np.uint8))  # until all is written, the scan counts as not embedded
-    store.write_array(id, "fine", small, chunks=(CHUNK, CHUNK, CHUNK, small.shape[-1]))
-    store.write_array(id, "coarse", codec.coarse.encode(coarse))
+    store.write_array(id, "cubes", cubes)
+    if len(rows):
+        store.write_array(id, "fine", rows, chunks=(max(CHUNK_BYTES // rows.shape[1], 1), rows.shape[1]))
+    store.write_array(id, "coarse", small_coarse)
     store.write_array(id, HASH, np.frombuffer(bytes.fromhex(codec.hash), np.uint8))
+
+
+def arranged(codec: Codec, fine: np.ndarray, body: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays `cubes` and `fine` of a store (see the module).
+
+    Args:
+      fine: (z, y, x, channels) unit vectors.  body: (z, y, x) bool.  coarse: (z, y, x, dims) int8, as stored.
+    """
+    tree, dims = codec.octree, len(codec.fine.step)
+    slabs = upsampled_slabs(codec.coarse.decode(coarse), fine.shape[:3], codec.ratios)
+    cubes = np.zeros((*tree.grid(fine.shape[:3]), len(codec.step)), np.int8)
+    rows = [np.empty((0, codec.row_bytes), np.int8)]
+    for layer in range(len(cubes)):  # of cubes: all cells at once would be a few hundred MB
+        part = slice(layer * tree.cube_zyx[0], (layer + 1) * tree.cube_zyx[0])
+        small = codec.fine.encode(fine[part])
+        small[~body[part]] = 0
+        around = np.stack(list(itertools.islice(slabs, len(small))))
+        vectors = np.concatenate([codec.fine.decode(small), around], axis=-1, dtype=np.float32)
+        vectors[~filled(small)] = 0
+        ordered = tree.cubes(small)[0]
+        inside = ordered.any(axis=(-2, -1))
+        if not inside.any():
+            continue
+        within = tree.cubes(vectors)[0][inside]
+        means = np.concatenate(tree.sums(within), axis=1)
+        halves = codec.fine.rounded(normalise(means[..., :dims])), codec.coarse.rounded(normalise(means[..., dims:]))
+        nodes = np.concatenate(halves, axis=-1)
+        cubes[layer][inside] = nodes[:, 0]
+        rows.append(np.concatenate([part.reshape(len(nodes), -1) for part in (nodes[:, 1:], ordered[inside])], axis=1))
+    return cubes, np.concatenate(rows)
 
 
 def embedded_by(store: Store, id: str) -> str | None:
     """Hash of the codec that a scan was embedded by; None where it was not, or not completely."""
-    if not store.has_array(id, HASH):
+    try:
+        value = store.read_array(id, HASH).tobytes().hex()
+    except UserError:  # not there, or damaged: in either case to be embedded (again)
         return None
-    value = store.read_array(id, HASH).tobytes().hex()
     return value if int(value, 16) else None
 
 
 def read_embedding(store: Store, id: str, codec: Codec | None = None) -> Embedding:
-    """One scan's embedding.
+    """One scan's embedding; its cells are read when they are looked at.
 
     Args:
       codec: what it must have been written by; by default the store's own.
@@ -309,19 +295,25 @@ def read_embedding(store: Store, id: str, codec: Codec | None = None) -> Embeddi
     Raises:
       UserError: nothing embedded, or embedded by another embedder.
     """
+    shape_zyx = store.scan(id).shape_zyx
     codec = codec or read_codec(store)
-    have = embedded_by(store, id)
+    have = embedded_by(store, id) if codec else None
     if codec is None or have is None:
+        what = f"scan {id} has no embedding" if codec else "has no embeddings"
         raise UserError(
-            f"store {store.path}: scan {id} has no embedding; run python -m alice_jax.embed --store {store.path} "
-            "--workdir DIR, DIR being that of a trained embedder"
+            f"store {store.path}: {what}; run python "
+            f"-m alice_jax.embed --store {store.path} --workdir DIR, DIR being that of a trained embedder"
         )
     if have != codec.hash:
         raise UserError(
             f"store {store.path}: scan {id} was embedded by {have[:12]}, the store's embedder is {codec.hash[:12]}; "
             "vectors of two embedders cannot be compared: run python -m alice_jax.embed again"
         )
-    return Embedding(id, store.scan(id).shape_zyx, codec, store.read_array(id, "fine"), store.read_array(id, "coarse"))
+    cubes = store.read_array(id, "cubes")
+    count = int(np.count_nonzero(filled(cubes)))
+
+    rows = Rows((count, codec.row_bytes), lambda wanted: store.read_rows(id, "fine", wanted))
+    return Embedding(id, shape_zyx, codec, cubes, store.read_array(id, "coarse"), rows)
 
 
 class EmbeddingReader:
@@ -355,7 +347,7 @@ class EmbeddingReader:
         with self._lock:
             self._kept[id] = embedding
             self._kept.move_to_end(id)
-            # What is kept grows when it is first searched, so the sum is taken anew each time.
+            # What is kept grows as it is searched, so the sum is taken anew each time.
             while len(self._kept) > 1 and sum(e.nbytes for e in self._kept.values()) > self.cache_bytes:
                 self._kept.popitem(last=False)
         return embedding

@@ -1,8 +1,9 @@
 """Finds the points of one scan in another by their embeddings (Alice [A] section 3.1; SAM, arXiv 2012.02383).
 
-The score of a key cell is the mean of the fine and the coarse cosine similarity to the query's cell, the coarse
+The score of a key cell is the mean of the fine and the coarse cosine similarity to the query's vector, the coarse
 vectors being interpolated trilinearly to the fine grid and normalised again; the match is the cell of the highest
-score. Cells outside the body are not searched.
+score. Cells outside the body are not searched. `dense` looks at all of them, as the paper does; `search` goes down from
+cubes of 16 mm to the cells of the best parts of the best cubes and finds nearly always the same (benchmarks/mining.py).
 
 Coordinates are voxels of the store's frame, order (z, y, x), voxel centres at integers. Fine cell i covers the voxels
 [i·stride, (i + 1)·stride), so its centre is (i + ½)·stride − ½.
@@ -21,7 +22,9 @@ __all__ = [
     "EmbeddingReader",
     "Match",
     "cell_of_points",
+    "dense",
     "match",
+    "nearest",
     "points_of_cells",
     "read_embedding",
     "relative_position",
@@ -29,7 +32,11 @@ __all__ = [
 ]
 
 Triple = tuple[int, int, int]
+EPSILON = 1e-12
 SLAB_CELLS = 16384  # keys searched at once: 4 MB, and the scores of 64 queries another 4 MB
+BEAM = 16  # nodes of each level that a query goes down to
+SAMPLED = 8 * BEAM  # maxima from which the least of the good scores is estimated
+GROUP = 32  # queries that go down together, each looking at the nodes of all
 
 
 class Match(NamedTuple):
@@ -66,12 +73,12 @@ def points_of_cells(cells_zyx: np.ndarray, stride_zyx_vox: Triple, shape_zyx: Tr
     return np.clip(points, 0, np.array(shape_zyx) - 1)
 
 
-def search(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Index and value of the largest dot product of each query with any of the keys, the first of equals.
 
     queries: (n, dims).  slabs: the keys (cells, dims), some at a time.
 
-    >>> search(np.eye(2), iter([np.array([[1.0, 0.0]]), np.array([[0.0, 2.0], [1.0, 0.0]])]))
+    >>> nearest(np.eye(2), iter([np.array([[1.0, 0.0]]), np.array([[0.0, 2.0], [1.0, 0.0]])]))
     (array([0, 1]), array([1., 2.]))
     """
     best = np.full(len(queries), -np.inf, queries.dtype)
@@ -87,65 +94,168 @@ def search(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray
     return index, best
 
 
-def match(
-    query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = True, *, cycle: bool = True
-) -> Match:
-    """The best match in `key` of each of the points (n, 3) of `query`; many points at once cost little more than one.
+def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, *, cycle: bool = True) -> Match:
+    """The project's matcher: where the points (n, 3) of `query` are in `key`, and whether they are found from there.
 
     Args:
-      subcell: read the query between the cells' centres, and move the match to the peak of a parabola through the
-        scores of its neighbours; otherwise cells are matched to cells, as in the paper.
       cycle: match back for `cycle_mm`; costs as much again.
 
     Raises:
-      UserError: the embeddings are of different embedders, or the key holds no body.
+      UserError: the embeddings are of different embedders, or one holds no body.
+
+    Example:
+      found = match(reader("a"), points_zyx_vox, reader("b"))
+      reliable = found.points_zyx_vox[found.cycle_mm < 10]
     """
-    if query.codec.hash != key.codec.hash:
-        raise UserError(
-            f"scans {query.id} and {key.id}: embedded by different embedders ({query.codec.hash[:12]}, "
-            f"{key.codec.hash[:12]}); run alice_jax.embed on both with the same workdir"
-        )
-    if not len(key.body):
-        raise UserError(
-            f"scan {key.id}: its embedding is empty, so nothing can be matched in it; check its foreground in the store"
-        )
+    found = search(query, points_zyx_vox, key)
+    if not cycle:
+        return found
+    back = search(key, found.points_zyx_vox, query)
+    off_zyx_mm = (back.points_zyx_vox - points_zyx_vox) * query.codec.spacing_zyx_mm
+    return found._replace(cycle_mm=np.linalg.norm(off_zyx_mm, axis=1))
+
+
+def dense(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = False) -> Match:
+    """Every body cell of `key` is compared with every point (n, 3), in fp32, as in the paper.
+
+    Args:
+      subcell: read the query between the cells' centres, and move the match to the peak of a parabola through the
+        scores of its neighbours, as `search` does; otherwise cells are matched to cells.
+    """
+    _comparable(query, key)
     if subcell:
         vectors = query.vectors_at(points_zyx_vox) / 2
     else:
         vectors = query.vectors(cell_of_points(points_zyx_vox, query.codec.fine.stride_zyx_vox, query.grid_zyx)) / 2
     slabs = (key.keys[start : start + SLAB_CELLS] for start in range(0, len(key.keys), SLAB_CELLS))
-    index, scores = search(vectors, slabs)
+    index, scores = nearest(vectors, slabs)
     cells = np.stack(np.unravel_index(key.body[index], key.grid_zyx), axis=1)
-    offsets = peak_offsets(vectors, cells, scores, key) if subcell else 0.0
-    found = points_of_cells(cells + offsets, key.codec.fine.stride_zyx_vox, key.shape_zyx)
-    cycle_mm = np.full(len(found), np.nan)
-    if cycle:
-        off_zyx_vox = match(key, found, query, subcell, cycle=False).points_zyx_vox - points_zyx_vox
-        cycle_mm = np.linalg.norm(off_zyx_vox * query.codec.spacing_zyx_mm, axis=1)
-    return Match(found, scores, cycle_mm)
+    peaks = peak_offsets(scores, _scores_beside(vectors, cells, key)) if subcell else 0.0
+    return _found(cells + peaks, scores, key)
 
 
-def peak_offsets(vectors: np.ndarray, cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> np.ndarray:
-    """(n, 3) in [−½, ½] cells: where a parabola through the scores of each best cell and its neighbours peaks.
+def search(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match:
+    """The match of each point (n, 3) without looking at the whole of `key`; points near each other cost the least.
 
-    0 along an axis where a neighbour lies outside the body.
+    All cubes of the key are compared by their mean vectors, then the parts of the `BEAM` best of each point, and so on
+    down to the cells; the match is refined below a cell by a parabola.
     """
-    offsets = np.zeros(cells_zyx.shape)
-    for axis in range(3):
-        sides = []
-        for step in (-1, 1):
-            at = cells_zyx.copy()
-            at[:, axis] += step
-            inside = (at[:, axis] >= 0) & (at[:, axis] < key.grid_zyx[axis])
-            at[~inside] = cells_zyx[~inside]
-            inside &= key.fine[tuple(at.T)].any(axis=-1)
-            sides.append(np.where(inside, np.einsum("nd,nd->n", vectors, key.vectors(at)), np.nan))
-        below, above = sides
-        curvature = below + above - 2 * scores
-        with np.errstate(invalid="ignore", divide="ignore"):
-            peak = (below - above) / (2 * curvature)
-        offsets[:, axis] = np.where(curvature < 0, np.clip(peak, -0.5, 0.5), 0.0)
-    return offsets
+    _comparable(query, key)
+    vectors = query.vectors_at(points_zyx_vox) / 2
+    scores = vectors @ key.cube_vectors.T
+    order = np.argsort(scores.argmax(axis=1)) if len(vectors) > GROUP else np.arange(len(vectors))
+    cells, best = np.empty((len(vectors), 3), int), np.empty(len(vectors), np.float32)
+    for start in range(0, len(order), GROUP):
+        some = order[start : start + GROUP]
+        cells[some], best[some] = _descend(vectors[some], scores[some], key)
+    return _found(cells + peak_offsets(best, _scores_beside(vectors, cells, key)), best, key)
+
+
+def _comparable(query: Embedding, key: Embedding) -> None:
+    if query.codec.hash != key.codec.hash:
+        raise UserError(
+            f"scans {query.id} and {key.id}: embedded by different embedders ({query.codec.hash[:12]}, "
+            f"{key.codec.hash[:12]}); run alice_jax.embed on both with the same workdir"
+        )
+    if not len(key.cube_cells):
+        raise UserError(
+            f"scan {key.id}: its embedding is empty, so nothing can be matched in it; check its foreground in the store"
+        )
+
+
+def _found(cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> Match:
+    points = points_of_cells(cells_zyx, key.codec.fine.stride_zyx_vox, key.shape_zyx)
+    return Match(points, scores, np.full(len(scores), np.nan))
+
+
+# ---------------------------------------------------------------- down the octree
+
+
+def _descend(vectors: np.ndarray, scores: np.ndarray, key: Embedding) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) fine cells, the best of those in the good parts of the good cubes, and their scores (n,).
+
+    vectors: (n, 2·dims).  scores: (n, cubes), of the cubes' mean vectors.
+    """
+    codec, tree, dims = key.codec, key.codec.octree, len(key.codec.fine.step)
+    parents = _good(scores)  # nodes; one of any level is cube · nodes of a cube + place in the cube
+    means = key.cube_vectors[parents]
+    key.rows.load(parents)
+    guided = vectors * codec.step
+    for level, start in enumerate(tree.starts[:-1], 1):
+        stored = key.guide[:, start : start + tree.counts[level]]
+        nodes, rows = _children(parents, stored, tree.counts[level - 1])
+        rows = rows.astype(np.float32)
+        kept = _good(guided @ rows.T)
+        parents, means = nodes[kept], rows[kept] * codec.step
+    nodes, rows = _children(parents, key.cells, tree.counts[-2])
+    rows = rows * codec.fine.step
+    length = np.sqrt(np.einsum("nc,nc->n", rows, rows))
+    fine = vectors[:, :dims] @ rows.T / np.maximum(length, EPSILON)
+    fine[:, length == 0] = -np.inf
+    # First with the mean coarse vector of the cells' parent, which is near their own and at hand.
+    some = _good(fine + np.repeat(vectors[:, dims:] @ means[:, dims:].T, tree.fans[-1], axis=1))
+    cube, place = np.divmod(nodes[some], tree.counts[-1])
+    cells = key.cube_cells[cube] + tree.places[place]
+    exact = fine[:, some] + vectors[:, dims:] @ key.coarse_at(cells).T
+    best = exact.argmax(axis=1)
+    return cells[best], exact[np.arange(len(best)), best]
+
+
+def _good(scores: np.ndarray) -> np.ndarray:
+    """Columns that are among the `BEAM` best of any row, and some more, ascending."""
+    columns = scores.shape[1]
+    if columns <= BEAM:
+        return np.arange(columns)
+    if columns > 2 * SAMPLED:  # the BEAM-th best of so many maxima is at most that of all, and found sooner
+        maxima = scores[:, : columns // SAMPLED * SAMPLED].reshape(len(scores), -1, SAMPLED).max(axis=1)
+    else:
+        maxima = scores
+    least = np.partition(maxima, -BEAM, axis=1)[:, -BEAM, None]
+    return np.flatnonzero((scores >= least).any(axis=0))
+
+
+def _children(parents: np.ndarray, stored: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """All children of the parents, and their rows of `stored` (cubes, nodes of their level, dims).
+
+    count: of nodes of the parents' level in a cube.
+    """
+    fan = stored.shape[1] // count
+    families = stored.reshape(len(stored), count, -1)  # a view: siblings lie together
+    nodes = (parents[:, None] * fan + np.arange(fan)).ravel()
+    return nodes, families[np.divmod(parents, count)].reshape(len(nodes), -1)
+
+
+# ---------------------------------------------------------------- around a cell
+
+_SIDES = np.array([[-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0], [0, 0, -1], [0, 0, 1]])
+
+
+def _scores_beside(vectors: np.ndarray, cells_zyx: np.ndarray, key: Embedding) -> np.ndarray:
+    """(n, 6) scores of the cells before and behind along z, y and x; NaN where that is not in the body."""
+    at = cells_zyx[:, None] + _SIDES
+    inside = ((at >= 0) & (at < key.grid_zyx)).all(axis=-1)
+    at[~inside] = 0
+    keys = key.vectors(at.reshape(-1, 3)).reshape(*inside.shape, -1)
+    inside &= keys[..., : len(key.codec.fine.step)].any(axis=-1)
+    return np.where(inside, np.einsum("nc,nkc->nk", vectors, keys), np.nan)
+
+
+def peak_offsets(scores: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """(n, 3) in [−½, ½] cells: where a parabola through the scores of a cell and its neighbours peaks.
+
+    scores: (n,).  beside: (n, 6) before and behind along each axis; the offset is 0 along an axis with a NaN.
+
+    >>> peak_offsets(np.array([1.0]), np.array([[0.5, 0.5, 0.0, 0.5, 0.9, np.nan]])).round(3)
+    array([[0.   , 0.167, 0.   ]])
+    """
+    below, above = beside[:, ::2], beside[:, 1::2]
+    curvature = below + above - 2 * scores[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        peak = (below - above) / (2 * curvature)
+    return np.where(curvature < 0, np.clip(peak, -0.5, 0.5), 0.0)
+
+
+# ---------------------------------------------------------------- without an embedding
 
 
 def relative_position(points_zyx_vox: np.ndarray, box_a: np.ndarray, box_b: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ def release_find_point(
     at = tuple(cells_xyz[:, ::-1].T)
     vectors = np.concatenate([query["fine"][at], query["coarse"][at]], axis=1) / 2
     keys = np.concatenate([key["fine"], key["coarse"]], axis=-1)
-    index, scores = matching.search(vectors, keys.reshape(len(keys), -1, keys.shape[-1]))
+    index, scores = matching.nearest(vectors, keys.reshape(len(keys), -1, keys.shape[-1]))
     cells_zyx = np.stack(np.unravel_index(index, keys.shape[:3]), axis=1)
     matched_xyz = ((2 * cells_zyx[:, ::-1] + 0.5) / key["norm_ratio_xyz"]).astype(int)
     return {
