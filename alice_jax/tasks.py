@@ -284,6 +284,10 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     for name in ("reduce", "pairs"):
         if views[name] < 1:
             raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
+    if not views.window_hu[0] < views.window_hu[1]:
+        raise UserError(f"views.window_hu {views.window_hu}: give the lowest and the highest HU")
+    if not 0 < views.scale[0] <= 1 <= views.scale[1]:
+        raise UserError(f"views.scale {views.scale}: give the smallest and the largest zoom, around 1")
 
 
 def embedder_task(config: ConfigDict, store: Store) -> Task:
