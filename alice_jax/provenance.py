@@ -7,7 +7,7 @@ WORKDIR/provenance.json   a list with one entry for each start, oldest first:
     commit      of the project's git repository, "+" after it for uncommitted changes; null without one
     devices     how many over all processes, and their kind
     processes   over which the batch is divided
-    embedder    hash of the embedder whose vectors lie in the store, null without any
+    embedder    hash of the embedder that mines the pairs, null without any
 
 Nothing names the computer or its user, so a workdir can be given away.
 """

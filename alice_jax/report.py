@@ -4,29 +4,33 @@
     python -m alice_jax.report --workdir DIR --out report.html    a run, and the store that it trains on
     python -m alice_jax.report --store DIR --out pairs.png        only the picture of the first mined pairs
 
-Of a store with embeddings: every scan from the front and the side, the first mined pairs, unselected and as training
-with this seed would use them, the scores, the best and the worst, and the embedder's principal components. Of a run
-also: curves, coverage, a reconstruction of masked crops from the newest checkpoint, and the configuration.
+Of a store with embeddings: the first mined pairs, unselected and as training with this seed would use them, scores and
+cycle errors with their limits, the worst accepted and the best rejected pairs, the embedder's principal components, and
+scans from the front and the side. Of a run also: curves, coverage, what the newest checkpoint reconstructs of masked
+crops, where its tokens look, configuration and provenance. Checks at the top name what is wrong; docs/report.md
+explains all of it.
 """
 
 import argparse
 import dataclasses
 import datetime
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from alice_jax import builtin, cli, tasks
+from alice_jax.data import embeddings
 from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.pipeline import Samples
 from alice_jax.data.store import Store
 from alice_jax.data.views import PairSampler
 from alice_jax.errors import UserError
-from alice_jax.reporting import page, runs, stores
+from alice_jax.reporting import orientation, page, pair_checks, runs, stores, student
 from alice_jax.reporting.page import Check, Section
-from alice_jax.reporting.pairs import checks as pair_checks
-from alice_jax.reporting.pairs import draw_pairs, first_pairs, sampler_of
+from alice_jax.reporting.pair_pictures import draw_pairs
+from alice_jax.reporting.pairs import Pair, first_pairs, limits_of, sampler_of
 
 __all__ = ["draw_pairs", "first_pairs", "preview", "write_report"]
 
@@ -61,6 +65,7 @@ def write_report(
     seed: int | None = None,
     only: Sequence[str] = (),
     seconds: float = MINING_SECONDS,
+    say: Callable[[str], None] = lambda words: None,
 ) -> list[Check]:
     """Writes the page (or, for a path that ends in .png, the picture of the pairs) and returns its checks.
 
@@ -71,6 +76,7 @@ def write_report(
       seed: of the pairs; by default the run's, or 0.
       only: scans to pair, instead of the training scans.
       seconds: for mining the further pairs of the statistics.
+      say: is told what is being done.
 
     Raises:
       UserError: there is nothing to show, or it cannot be written.
@@ -87,19 +93,21 @@ def write_report(
     if path.suffix == ".png":
         if opened is None or samples is None:
             raise UserError(f"--out {path}: there are no pairs to draw; {lost or 'embed the store first'}")
-        found = first_pairs(samples, pairs)
-        _write(path, draw_pairs(opened, found, sampler_of(samples).crop_shape_zyx))
+        say(f"mining {pairs} pairs")
+        sampler = sampler_of(samples)
+        _write(path, draw_pairs(opened, first_pairs(samples, pairs), sampler.crop_shape_zyx, limits_of(sampler)))
         return []
 
     checks: list[Check] = []
     sections: list[Section] = []
     if run:
+        say(f"drawing the curves of {run.workdir}")
         checks += runs.checks(run)
         sections += runs.curve_sections(run)
     if lost:
         checks.append(Check("look", "The store can be read", lost))
     if opened:
-        for some_checks, section in _store_parts(opened, samples, task, run, pairs, seconds):
+        for some_checks, section in _store_parts(opened, samples, task, run, pairs, seconds, say):
             checks += some_checks
             sections.append(section)
     if run:
@@ -147,8 +155,10 @@ def _pair_samples(
         raise UserError(f"store {store.path}: holds {len(wanted)} scans and a pair needs two; prepare more")
     lacking = sorted(wanted - set(stores.embedded(store))) if sampler_of(samples).embeddings else []
     if lacking and not run:
+        other = embeddings.embedded_by(store, lacking[0]) is not None
+        what = "an embedding of another embedder than the store's" if other else "no embedding"
         raise UserError(
-            f"store {store.path}: {len(lacking)} of {len(wanted)} scans have no embedding ({lacking[0]} for one); run "
+            f"store {store.path}: {len(lacking)} of {len(wanted)} scans have {what} ({lacking[0]} for one); run "
             f"python -m alice_jax.embed --store {store.path} --workdir DIR, DIR being that of a trained embedder"
         )
     return None if lacking else samples
@@ -161,25 +171,42 @@ def _store_parts(
     run: runs.Run | None,
     count: int,
     seconds: float,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[list[Check], Section]]:
     """Sections that read the store, each with its checks."""
-    done = stores.embedded(store)
+    done, ids = stores.embedded(store), store.ids()
+    embedder = run.starts[-1].get("embedder") if run and run.starts else None
     if samples:
+        say(f"mining pairs, up to {max(count, STATISTICS_PAIRS)}")
         sampler = sampler_of(samples)
-        found = first_pairs(samples, count, STATISTICS_PAIRS, seconds)
-        threshold = sampler.threshold if sampler.embeddings else None
-        whose = f"seed {samples.seed}, of {len(sampler.scan_ids)} of the {len(store.ids())} scans"
-        section = stores.pairs_section(store, found, count, threshold, sampler.crop_shape_zyx, whose)
-        yield pair_checks(store, found, threshold is not None), section
-    if run and task and run.config.objective == "alice":
-        yield [], runs.reconstruction_section(run, task)
+        tries: list[Pair] = []
+        found = first_pairs(samples, count, STATISTICS_PAIRS, seconds, tries)
+        limits = limits_of(sampler)
+        whose = f"seed {samples.seed}, of {len(sampler.scan_ids)} of the {len(ids)} scans"
+        section = stores.pairs_section(store, found, tries, count, limits, sampler.crop_shape_zyx, whose)
+        yield pair_checks.checks(store, found, tries, limits), section
+    if samples and run and task and run.config.objective == "alice":
+        say("asking the newest checkpoint")
+        shown, scans, whose = task.sampler, task.scans, "training"
+        if task.validation_scans:
+            shown, scans, whose = task.validation_sampler, task.validation_scans, "held-out"
+        sample = runs.samples_of(run, shown, scans)[0]
+        names = [scans[i] for i in sample["meta"]["scans"]]
+        for section in student.sections(run.config, run.workdir, sample, names, whose):
+            yield [], section
     if run and task and run.config.objective == "embedder":
         yield [], runs.views_section(run, task)
     if len(done) > 1:
-        yield [stores.embedding_check(store, done)], stores.embeddings_section(store, done)
+        say("drawing the embeddings")
+        yield [stores.embedding_check(store, done, embedder)], stores.embeddings_section(store, done)
     elif samples is None:
-        yield [stores.embedding_check(store, done)], Section("Embeddings", [page.text("None in this store yet.")])
-    yield [], stores.cohort_section(store)
+        yield (
+            [stores.embedding_check(store, done, embedder)],
+            Section("Embeddings", [page.text("None in this store yet.")]),
+        )
+    say("comparing and drawing the scans")
+    checks, guilty = orientation.inspect(store, stores.spread(ids, stores.COMPARED_SCANS))
+    yield checks, stores.cohort_section(store, guilty)
 
 
 def _titles(store: Store | None, run: runs.Run | None) -> tuple[str, str]:
@@ -220,7 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="ID", help="pair these scans alone")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    checks = write_report(args.out, args.store, args.workdir, pairs=args.pairs, seed=args.seed, only=args.only)
+
+    def say(words: str) -> None:
+        print(f"{time.monotonic() - began:3.0f} s  {words}", file=sys.stderr, flush=True)
+
+    checks = write_report(args.out, args.store, args.workdir, pairs=args.pairs, seed=args.seed, only=args.only, say=say)
     for check in checks:
         if check.level != "good":
             print(f"{'look' if check.level == 'look' else 'WRONG'}: {check.name}: {check.text}")

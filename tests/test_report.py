@@ -5,20 +5,22 @@ import html.parser
 import json
 import re
 import runpy
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from builders import make_scan, noise_store
+from builders import add_volume, make_scan, noise_store
 from random_weights import random_weights
 from test_matching import make_codec
 
-from alice_jax import checkpoint, report, tasks, train_state
+from alice_jax import checkpoint, provenance, report, tasks, train_state
 from alice_jax.data import embeddings
 from alice_jax.data.pipeline import Samples, batches
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from alice_jax.reporting import pairs, planes, runs
+from alice_jax.reporting import pair_checks, pairs, planes, runs, student
+from alice_jax.reporting.pairs import Limits, Pair
 from configs import pretrain
 
 SHAPE = (40, 36, 44)
@@ -111,7 +113,7 @@ def test_a_store_becomes_one_file_without_links_to_anything_else(preview_page):
     assert preview_page.headings == ["At a glance", "Pairs", "Embeddings", "Scans"]
     assert all(address.startswith(("data:", "#")) for address in preview_page.addresses)
     assert not re.search(r"https?:|@import|url\(", preview_page.source)
-    assert len(preview_page.pictures) == 5  # pairs, statistics, extremes, components, bodies
+    assert len(preview_page.pictures) >= 5  # pairs, statistics, the worst, components, bodies
     assert all(picture.startswith("data:image/png;base64,") for picture in preview_page.pictures)
     assert len(preview_page.source) < 5e6
 
@@ -129,7 +131,8 @@ def test_the_pairs_are_those_that_training_uses(store, preview_page):
         assert pair.ids == tuple(task.scans[scan] for scan in meta["scans"][i])
         np.testing.assert_array_equal(pair.points_zyx_vox, meta["points_zyx_vox"][i])
         assert (pair.score, pair.redraws, pair.weak) == (meta["score"][i], meta["redraws"][i], meta["weak"][i])
-        row = preview_page.cells[8 * i : 8 * i + 8]
+        assert (pair.cycle_mm, pair.weight) == (meta["cycle_mm"][i], meta["weight"][i])
+        row = preview_page.cells[10 * i : 10 * i + 10]
         assert row[1] == pair.ids[0] and row[2] == ", ".join(map(str, pair.points_zyx_vox[0]))
     assert config.views.crop_shape_zyx == report.CROP_SHAPE_ZYX
     assert config.data.validation_fraction == report.VALIDATION_FRACTION
@@ -174,9 +177,15 @@ def test_mistakes_are_said_in_one_line_and_nothing_is_written(store, tmp_path, a
 
 # ---------------------------------------------------------------- what is flagged
 
+LIMITS = Limits(threshold=0.7, cycle_mm=10)
+
 
 def levels(checks):
     return {check.name: check.level for check in checks}
+
+
+def judged(store, pairs, tries=()):
+    return levels(pair_checks.checks(store, pairs, tries, LIMITS))
 
 
 @pytest.fixture(scope="module")
@@ -185,33 +194,104 @@ def found(store):
 
 
 def test_good_pairs_pass_every_check(store, found):
-    assert set(levels(pairs.checks(store, found, mined=True)).values()) == {"good"}
+    assert set(judged(store, found).values()) == {"good"}
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_flipped_axis_is_flagged(store, found, axis):
+def test_places_on_a_flipped_axis_are_flagged(store, found, axis):
     def flipped(points):
         points = points.copy()
         points[1, axis] = SHAPE[axis] - 1 - points[1, axis]
         return points
 
     wrong = [dataclasses.replace(pair, points_zyx_vox=flipped(pair.points_zyx_vox)) for pair in found]
-    assert levels(pairs.checks(store, wrong, mined=True))["Axes agree"] == "bad"
+    assert judged(store, wrong)["Places agree"] == "bad"
 
 
-def test_swapped_axes_are_flagged(store, found):
+def test_places_on_swapped_axes_are_flagged(store, found):
     def swapped(points):
         return np.stack([points[0], points[1][[0, 2, 1]]])
 
     wrong = [dataclasses.replace(pair, points_zyx_vox=swapped(pair.points_zyx_vox)) for pair in found]
-    assert levels(pairs.checks(store, wrong, mined=True))["Axes agree"] == "bad"
+    assert judged(store, wrong)["Places agree"] == "bad"
 
 
-def test_a_loader_that_repeats_itself_or_reads_nothing_is_flagged(store, found):
-    same = [dataclasses.replace(pair, content=1) for pair in found]
+class Stuck(Samples):
+    """A loader that hands out its first sample again and again."""
+
+    def __getitem__(self, position):
+        return super().__getitem__(0)
+
+
+def test_a_loader_that_repeats_itself_is_flagged_with_the_scans_it_repeats(store):
+    samples = report.preview(store)
+    wrong = Stuck(**{field.name: getattr(samples, field.name) for field in dataclasses.fields(samples)})
+    repeated = report.first_pairs(wrong, 10)
+    (check,) = [c for c in pair_checks.checks(store, repeated, [], LIMITS) if c.level == "bad"]
+    assert check.name == "The loader is alive"
+    assert f"{repeated[0].ids[0]} with {repeated[0].ids[1]} comes 10 times" in check.text
+
+
+def test_a_loader_that_reads_nothing_is_flagged(store, found):
     empty = [dataclasses.replace(pair, filled=np.zeros(2)) for pair in found]
-    for wrong in (same, empty):
-        assert levels(pairs.checks(store, wrong, mined=True))["The loader is alive"] == "bad"
+    assert judged(store, empty)["Crops show something"] == "bad"
+
+
+def test_a_scan_of_one_value_is_named_on_the_page(store, tmp_path):
+    """At 40 HU no crop is black, and the embeddings know nothing of it."""
+    broken = Store.open(shutil.copytree(store.path, tmp_path / "store"))
+    broken.delete_scan("case4")
+    add_volume(broken, "case4", np.full(SHAPE, 40))
+    embed(broken)
+    checks = {check.name: check for check in report.write_report(tmp_path / "report.html", store=broken.path)}
+    for name in ("Scans hold pictures", "Crops show something"):
+        assert checks[name].level == "bad" and "case4" in checks[name].text
+    page = Page(tmp_path / "report.html")
+    assert "2 found something wrong" in page.source
+    assert page.source.index("Scans hold pictures") < page.source.index("The loader is alive")  # the worst first
+
+
+# ---------------------------------------------------------------- rejected tries
+
+
+def a_pair(score, cycle_mm=1.0, ids=("a", "b"), **more):
+    return Pair(0, ids, np.zeros((2, 3), int), score=score, cycle_mm=cycle_mm, **more)
+
+
+def test_the_worst_accepted_are_those_of_the_lowest_scores_and_the_largest_cycle_error():
+    pairs_ = [a_pair(score, cycle) for score, cycle in ((0.9, 1), (0.75, 2), (0.95, 9), (0.8, 3), (0.99, 0))]
+    weak = a_pair(0.1, weak=True)
+    assert [pair.score for pair in pairs.worst_accepted([weak, *pairs_])] == [0.75, 0.8, 0.95]
+    assert pairs.worst_accepted([weak]) == []
+
+
+def test_the_best_rejected_come_from_both_limits_and_from_different_scans():
+    tries = [
+        a_pair(0.69, np.nan),
+        a_pair(0.68, np.nan),
+        a_pair(0.5, np.nan, ("a", "c")),
+        a_pair(0.97, 40, ("c", "b")),
+        a_pair(0.8, 12),
+    ]
+    best = pairs.best_rejected(tries, LIMITS)
+    assert [each.score for each in best] == [0.69, 0.5, 0.97, 0.8]
+    reasons = ["score below 0.70", "score below 0.70", "cycle above 10 mm", "cycle above 10 mm"]
+    assert [each.shortcoming(LIMITS) for each in best] == reasons
+    assert a_pair(0.8, 10).shortcoming(LIMITS) == ""
+
+
+def test_rejected_tries_are_collected_without_changing_the_pairs(store, tmp_path):
+    samples = report.preview(store)
+    strict = dataclasses.replace(samples, sampler=dataclasses.replace(samples.sampler, threshold=0.999, tries=20))
+    tries = []
+    found = report.first_pairs(strict, 4, rejected=tries)
+    assert [pair.points_zyx_vox.tolist() for pair in found] == [
+        strict[number]["meta"]["points_zyx_vox"].tolist() for number in range(4)
+    ]
+    assert len(tries) >= sum(pair.redraws for pair in found) > 0
+    limits = pairs.limits_of(strict.sampler)
+    assert all(not each.accepted and each.shortcoming(limits) for each in tries)
+    assert report.draw_pairs(store, tries[:2], (32, 32, 32), limits).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- planes
@@ -256,6 +336,7 @@ def test_letters_are_where_the_anatomy_is():
 def test_a_run_shows_its_curves_reconstruction_and_setup(store, tmp_path):
     config = config_for(store, steps=2)
     workdir = write_run(tmp_path / "run", config, counts={id: 3 for id in store.ids()})
+    provenance.record(workdir, 0, "0123456789abcdef")
     alice = tasks.alice_networks(config)
     example = {"volumes": np.zeros((1, 2, *config.views.crop_shape_zyx, 1), np.float32)}
     params, extra = random_weights(jax.eval_shape(alice.init, jax.random.key(0), example))
@@ -265,9 +346,13 @@ def test_a_run_shows_its_curves_reconstruction_and_setup(store, tmp_path):
     checks = report.write_report(out, workdir=workdir, seconds=0)
     page = Page(out)
     assert page.headings[:2] == ["At a glance", "Losses"]
-    assert {"Teacher", "Speed", "Pairs", "Reconstruction", "Embeddings", "Scans", "Setup"} <= set(page.headings)
+    assert {"Teacher", "Speed", "Pairs", "Reconstruction", "Attention", "Embeddings", "Scans", "Setup"} <= set(
+        page.headings
+    )
     assert "Mean squared error of the hidden voxels" in page.source and "after step 2" in page.source
     assert "&quot;mask_ratio&quot;: 0.75" in page.source
+    assert {jax.__version__, "0123456789ab"} <= set(page.cells)  # of when it was trained
+    assert {check.name for check in checks if "pairs of 0123456789ab" in check.text} == {"Scans are embedded"}
     assert {check.name for check in checks if check.level == "bad"} == set()
 
     # The reconstruction is that of the whole objective.
@@ -276,7 +361,7 @@ def test_a_run_shows_its_curves_reconstruction_and_setup(store, tmp_path):
     batch = {name: sample[name][None] for name in ("volumes", "hidden")}
     forward = jax.jit(lambda *a: alice.forward(*a, jax.random.key(0), False).reconstruction)
     np.testing.assert_allclose(
-        runs.reconstruct(config, {"params": params, "extra": extra}, sample),
+        student.look(config, {"params": params, "extra": extra}, sample).reconstruction,
         forward(params, extra, batch)[..., 0],
         atol=1e-5,
     )

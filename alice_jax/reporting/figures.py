@@ -6,17 +6,20 @@ from typing import Any
 import numpy as np
 
 INK, SOFT, LINE = "#1c2530", "#5b6875", "#d5dbe1"
-BLUE, ORANGE, GREEN, RED = "#1d6fd8", "#e07b00", "#1a8f4c", "#cc2f2f"
+BLUE, ORANGE, GREEN, RED, GREY = "#1d6fd8", "#e07b00", "#1a8f4c", "#cc2f2f", "#aab4be"
+# Pictures of scans are dark, as on a radiologist's screen.
+SCREEN, ON_SCREEN, SOFT_ON_SCREEN, WARNING_ON_SCREEN = "#11171d", "#eef2f5", "#a9b6c2", "#ff8a80"
+HEAT = "#ff3d2e"  # of attention, over a scan
 DPI = 160  # of which a browser is told to show 100, so that pictures are sharp on fine screens
 COMMON = 96  # colours of a picture that are kept as they are
 
 
-def new_figure(width_in: float, height_in: float) -> Any:
+def new_figure(width_in: float, height_in: float, background: str = "white") -> Any:
     """A figure of that size, shown 100 pixels wide for each inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_in, height_in), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI, facecolor=background)
     FigureCanvasAgg(figure)
     return figure
 

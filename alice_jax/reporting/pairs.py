@@ -1,43 +1,83 @@
-"""Pairs as the pipeline yields them: drawn in three planes of both patients, and as statistics."""
+"""Pairs as the pipeline yields them, with the tries that mining did not accept."""
 
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from alice_jax.data import phantom
+from alice_jax.data import matching, phantom, views
 from alice_jax.data.pipeline import Samples
 from alice_jax.data.store import Store
 from alice_jax.data.views import PairSampler
-from alice_jax.reporting import figures, planes
-from alice_jax.reporting.page import Check
 
-AXES = (("inferior → superior", "I–S"), ("anterior → posterior", "A–P"), ("right → left", "R–L"))  # z, y, x
-FEWEST_FOR_AXES = 12  # pairs
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a try must reach to be accepted: a score above the threshold, and a cycle error of at most so many mm."""
+
+    threshold: float
+    cycle_mm: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One sample of the pipeline.
+    """A place in two scans: one sample of the pipeline, or a try that it did not accept.
 
     Attributes:
-      number: its index in the run, from 0.
+      number: index in the run of the sample that this is, or that it was tried for, from 0.
       ids: the query's and the key's scan.
       points_zyx_vox: (2, 3), the centres of the two crops.
-      filled: (2,), the share of voxels of each crop that are not black to the network.
-      content: a checksum of the crops.
+      cycle_mm: how far from the query's point its match is matched back to; NaN where the score was too low to ask.
+      weight: of the sample in the loss.
+      accepted: False for a try.
+      filled: (2,), the share of voxels of each crop that are not black to the network; empty for a try.
+      flat: (2,), whether a crop has one value wherever it is not black; empty for a try.
+      content: a checksum of the crops; 0 for a try.
     """
 
     number: int
     ids: tuple[str, str]
     points_zyx_vox: np.ndarray
     score: float
-    redraws: int
-    weak: bool
-    filled: np.ndarray
-    content: int
+    cycle_mm: float = np.nan
+    redraws: int = 0
+    weak: bool = False
+    weight: float = 1.0
+    accepted: bool = True
+    filled: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    flat: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
+    content: int = 0
+
+    def shortcoming(self, limits: Limits) -> str:
+        """Why it is not accepted; empty where it could be."""
+        if self.score <= limits.threshold:
+            return f"score below {limits.threshold:.2f}"
+        if self.cycle_mm > limits.cycle_mm:
+            return f"cycle above {limits.cycle_mm:.0f} mm"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(PairSampler):
+    """Draws what the sampler that it is made of draws, and keeps the tries that were not accepted."""
+
+    tried: list[views.Pair] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def of(sampler: PairSampler) -> "Recorder":
+        return Recorder(**{field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)})
+
+    def mine(
+        self,
+        record: int,
+        rng: np.random.Generator,
+        embeddings: Callable[[str], matching.Embedding],
+        rejected: list[views.Pair] | None = None,
+    ) -> views.Pair:
+        return super().mine(record, rng, embeddings, self.tried)
 
 
 def sampler_of(samples: Samples) -> PairSampler:
@@ -46,21 +86,89 @@ def sampler_of(samples: Samples) -> PairSampler:
     return samples.sampler
 
 
-def first_pairs(samples: Samples, count: int, more: int = 0, seconds: float = 0) -> list[Pair]:
-    """The first `count` pairs of a run, and up to `more` in all as long as `seconds` last."""
-    scan_ids = sampler_of(samples).scan_ids
-    began, pairs = time.monotonic(), []
+def limits_of(sampler: PairSampler) -> Limits | None:
+    """None where pairs are drawn without matching."""
+    return Limits(sampler.threshold, sampler.cycle_mm) if sampler.embeddings else None
+
+
+def first_pairs(
+    samples: Samples, count: int, more: int = 0, seconds: float = 0, rejected: list[Pair] | None = None
+) -> list[Pair]:
+    """The first `count` pairs of a run, and up to `more` in all as long as `seconds` last.
+
+    Args:
+      rejected: to which the tries are added that were not accepted on the way.
+    """
+    recorder = Recorder.of(sampler_of(samples))
+    samples = dataclasses.replace(samples, sampler=recorder)
+    began, found = time.monotonic(), []
     for number in range(max(count, more)):
         if number >= count and time.monotonic() - began > seconds:
             break
-        sample = samples[number]
-        meta, volumes = sample["meta"], sample["volumes"]
-        query, key = (scan_ids[i] for i in meta["scans"])
-        filled = (volumes > 0).mean(axis=(1, 2, 3, 4))
-        score, redraws, weak = float(meta["score"]), int(meta["redraws"]), bool(meta["weak"])
-        content = zlib.crc32(volumes.tobytes())
-        pairs.append(Pair(number, (query, key), meta["points_zyx_vox"], score, redraws, weak, filled, content))
-    return pairs
+        found.append(_of_sample(number, samples[number], recorder.scan_ids))
+        if rejected is not None:
+            rejected += [_of_try(number, each, recorder.scan_ids) for each in recorder.tried]
+        recorder.tried.clear()
+    return found
+
+
+def _of_sample(number: int, sample: dict[str, Any], scan_ids: Sequence[str]) -> Pair:
+    meta, volumes = sample["meta"], sample["volumes"]
+    query, key = (scan_ids[i] for i in meta["scans"])
+    return Pair(
+        number,
+        (query, key),
+        meta["points_zyx_vox"],
+        score=float(meta["score"]),
+        cycle_mm=float(meta["cycle_mm"]),
+        redraws=int(meta["redraws"]),
+        weak=bool(meta["weak"]),
+        weight=float(meta["weight"]),
+        filled=(volumes > 0).mean(axis=(1, 2, 3, 4)),
+        flat=np.array([_flat(crop) for crop in volumes]),
+        content=zlib.crc32(volumes.tobytes()),
+    )
+
+
+def _flat(crop: np.ndarray) -> bool:
+    shown = crop[crop > 0]
+    return not len(shown) or np.ptp(shown) == 0
+
+
+def _of_try(number: int, pair: views.Pair, scan_ids: Sequence[str]) -> Pair:
+    points = np.stack([pair.query_point_zyx_vox, pair.key_point_zyx_vox])
+    ids = (scan_ids[pair.query], scan_ids[pair.key])
+    return Pair(number, ids, points, score=pair.score, cycle_mm=pair.cycle_mm, accepted=False)
+
+
+# ---------------------------------------------------------------- choice
+
+
+def worst_accepted(pairs: Sequence[Pair], count: int = 2) -> list[Pair]:
+    """Of the pairs that are not weak: those of the lowest score, then that of the largest cycle error."""
+    accepted = sorted((pair for pair in pairs if not pair.weak), key=lambda pair: pair.score)
+    chosen = accepted[:count]
+    rest = [pair for pair in accepted[count:] if np.isfinite(pair.cycle_mm)]
+    return chosen + sorted(rest, key=lambda pair: -pair.cycle_mm)[:1]
+
+
+def best_rejected(tries: Sequence[Pair], limits: Limits, count: int = 2) -> list[Pair]:
+    """Of the tries that failed for their score, and of those that failed for their cycle error, the highest scores.
+
+    No two of the same two scans, since neighbouring points are tried again and again.
+    """
+    chosen: list[Pair] = []
+    for by_score in (True, False):
+        seen: set[tuple[str, str]] = set()
+        failed = [each for each in tries if (each.score <= limits.threshold) == by_score]
+        for each in sorted(failed, key=lambda each: -each.score):
+            if each.ids not in seen and len(seen) < count:
+                seen.add(each.ids)
+                chosen.append(each)
+    return chosen
+
+
+# ---------------------------------------------------------------- truth and places
 
 
 def true_point(store: Store, pair: Pair) -> np.ndarray | None:
@@ -96,118 +204,3 @@ def relative_places(store: Store, pairs: Sequence[Pair]) -> np.ndarray:
 
 def _box(store: Store, id: str) -> np.ndarray:
     return np.array(store.scan(id).foreground_box_zyx_vox, float)
-
-
-# ---------------------------------------------------------------- drawings
-
-
-def draw_pairs(store: Store, pairs: Sequence[Pair], crop_shape_zyx: Sequence[int]) -> bytes:
-    """A PNG with a row for each pair: axial, coronal and sagittal planes of the query, then of the key.
-
-    Yellow: the matched point.  Blue: the crop.  Green: the true point, where it is known.
-
-    Example:
-      Path("pairs.png").write_bytes(draw_pairs(store, pairs, (64, 64, 64)))
-    """
-    scans = [store.scan(id) for pair in pairs for id in pair.ids]
-    sheet = planes.Sheet(len(pairs), planes.fitting_field_mm(scans, least=200, most=380))
-    for row, pair in enumerate(pairs):
-        truth = true_point(store, pair)
-        for side, (id, point) in enumerate(zip(pair.ids, pair.points_zyx_vox, strict=True)):
-            for i, plane in enumerate(planes.PLANES):
-                panel, cut = (row, 3 * side + i), planes.window(store.scan(id), plane, point, sheet.field_mm)
-                sheet.show(*panel, planes.read(store, id, cut), cut)
-                sheet.box(*panel, cut, point - np.asarray(crop_shape_zyx) // 2, crop_shape_zyx)
-                if side and truth is not None:
-                    sheet.circle(*panel, cut, truth)
-                sheet.cross(*panel, cut, point)
-        sheet.heading(row, 0, f"{pair.number + 1}   {pair.ids[0]}", bold=True)
-        sheet.heading(row, 3, pair.ids[1], bold=True)
-        sheet.note(row, _verdict(store, pair, truth), figures.RED if pair.weak else figures.SOFT)
-    return sheet.png()
-
-
-def _verdict(store: Store, pair: Pair, truth: np.ndarray | None) -> str:
-    words = [f"score {pair.score:.2f}", f"{pair.redraws} redrawn" if pair.redraws else "first try"]
-    if pair.weak:
-        words.append("weak")
-    if truth is not None:
-        spacing = store.scan(pair.ids[1]).spacing_zyx_mm
-        words.append(f"{np.linalg.norm((pair.points_zyx_vox[1] - truth) * spacing):.0f} mm off")
-    return " · ".join(words)
-
-
-def draw_statistics(store: Store, pairs: Sequence[Pair], threshold: float | None) -> bytes:
-    """A PNG of the scores (with the threshold; None for unmatched pairs) and of where matches lie along each axis."""
-    figure = figures.new_figure(12, 3.0)
-    panels = figure.subplots(1, 4)
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.16, top=0.88, wspace=0.28)
-    scores = np.array([pair.score for pair in pairs])
-    weak = np.array([pair.weak for pair in pairs])
-    if threshold is None:
-        figures.style(panels[0], "Unmatched pairs have no score")
-    else:
-        figures.style(panels[0], f"Scores of {len(pairs)} pairs")
-        width = max((1 - min(scores.min(), threshold)) / 24, 1e-3)
-        edges = threshold + width * np.arange(np.floor((scores.min() - threshold) / width), 2 + (1 - threshold) / width)
-        panels[0].hist([scores[~weak], scores[weak]], edges, stacked=True, color=[figures.BLUE, figures.RED])
-        panels[0].axvline(threshold, color=figures.INK, linewidth=1, linestyle=(0, (4, 3)))
-        panels[0].locator_params(axis="x", nbins=6)
-        panels[0].set_xlabel("dashed: threshold; red: weak", fontsize=8, color=figures.SOFT)
-    places = relative_places(store, pairs)
-    for axis, (axes, (words, _)) in enumerate(zip(panels[1:], reversed(AXES), strict=True)):
-        figures.style(axes, words)
-        axes.plot((0, 1), (0, 1), color=figures.LINE, linewidth=1.2)
-        query, key = places[:, 0, 2 - axis], places[:, 1, 2 - axis]
-        axes.scatter(query, key, s=12, c=np.where(weak, figures.RED, figures.BLUE), linewidths=0)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.set_xlabel("across: in the query, up: in the key", fontsize=8, color=figures.SOFT)
-    return figures.png(figure)
-
-
-# ---------------------------------------------------------------- checks
-
-
-def checks(store: Store, pairs: Sequence[Pair], mined: bool) -> list[Check]:
-    """What can be judged from the pairs alone."""
-    found = [_content_check(pairs)]
-    if mined:
-        weak = float(np.mean([pair.weak for pair in pairs]))
-        level = "good" if weak <= 0.05 else "look" if weak <= 0.3 else "bad"
-        redraws = float(np.mean([pair.redraws for pair in pairs]))
-        words = f"{weak:.0%} of {len(pairs)} are weak (no try reached the threshold); {redraws:.1f} redrawn on average"
-        found.append(Check(level, "Matches are accepted", words))
-        found += _axes_check(store, pairs)
-        errors, baseline = errors_mm(store, pairs)
-        if len(errors):
-            ours, theirs = np.median(errors), np.median(baseline)
-            level = "good" if ours < 0.7 * theirs else "look" if ours < theirs else "bad"
-            words = f"median {ours:.0f} mm, where the same relative place in the body's box is off by {theirs:.0f} mm"
-            found.append(Check(level, "Matches are near the truth", words))
-    return found
-
-
-def _content_check(pairs: Sequence[Pair]) -> Check:
-    different = len({pair.content for pair in pairs})
-    empty = float(np.mean([pair.filled < 0.02 for pair in pairs]))
-    words = f"the first {len(pairs)} pairs of crops are {different} different ones; {empty:.0%} of the crops are empty"
-    level = "bad" if different < 0.9 * len(pairs) or empty > 0.3 else "look" if empty > 0.1 else "good"
-    return Check(level, "The loader is alive", words)
-
-
-def _axes_check(store: Store, pairs: Sequence[Pair]) -> list[Check]:
-    """A flipped axis turns the correlation of places around, two swapped axes take each other's."""
-    if len(pairs) < FEWEST_FOR_AXES:
-        return []
-    places = relative_places(store, pairs)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = np.nan_to_num(np.corrcoef(places[:, 0].T, places[:, 1].T)[:3, 3:])
-    own = np.diag(correlation)
-    words = "places in query and key correlate: " + ", ".join(
-        f"{name} {value:.2f}" for (_, name), value in zip(AXES, own, strict=True)
-    )
-    swapped = any(abs(correlation[i]).argmax() != i for i in range(3))
-    if own.min() < -0.3 or (swapped and own.min() < 0.3):
-        return [Check("bad", "Axes agree", f"{words}; an axis is flipped or two are swapped")]
-    level = "look" if own.min() < 0.3 else "good"
-    return [Check(level, "Axes agree", words + ("; low where fields of view differ much" if level == "look" else ""))]

@@ -16,9 +16,10 @@ from alice_jax.data.store import Store
 from alice_jax.reporting import figures
 
 MARK, BOX, TRUTH = "#ffd400", "#4cc9f0", "#57e389"
-OUTSIDE, OUTSIDE_COLOR = np.iinfo(np.int16).min, "#26313c"  # beyond the volume, unlike its air
+OUTSIDE, OUTSIDE_COLOR = np.iinfo(np.int16).min, "#2c3945"  # beyond the volume, unlike its air
 COLUMNS = 6
-GAP, MIDDLE, HEADER = 0.02, 0.08, 0.16  # between panels, between the two volumes, above a row; in panels
+GAP, MIDDLE, HEADER = 0.02, 0.08, 0.2  # between panels, between the two volumes, above a row; in panels
+MARGIN = 0.05  # around all; in panels
 WIDTH_IN = 12.0
 
 
@@ -116,9 +117,9 @@ class Sheet:
     """
 
     def __init__(self, rows: int, field_mm: float):
-        width = COLUMNS + MIDDLE + (COLUMNS - 2) * GAP
-        height = rows * (1 + HEADER)
-        self.figure = figures.new_figure(WIDTH_IN, WIDTH_IN * height / width)
+        width = COLUMNS + MIDDLE + (COLUMNS - 2) * GAP + 2 * MARGIN
+        height = rows * (1 + HEADER) + MARGIN
+        self.figure = figures.new_figure(WIDTH_IN, WIDTH_IN * height / width, figures.SCREEN)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_xlim(0, width * field_mm)
         self.axes.set_ylim(height * field_mm, 0)
@@ -127,7 +128,7 @@ class Sheet:
 
     def corner_mm(self, row: int, column: int) -> tuple[float, float]:
         """Left and upper edge of a panel on the sheet."""
-        left = column * (1 + GAP) + (MIDDLE - GAP) * (column >= COLUMNS // 2)
+        left = MARGIN + column * (1 + GAP) + (MIDDLE - GAP) * (column >= COLUMNS // 2)
         return left * self.field_mm, (row * (1 + HEADER) + HEADER) * self.field_mm
 
     def _origin_mm(self, row: int, column: int, cut: Cut) -> tuple[float, float]:
@@ -136,23 +137,24 @@ class Sheet:
         height, width = cut.size_mm
         return left + (self.field_mm - width) / 2, top + (self.field_mm - height) / 2
 
-    def heading(self, row: int, column: int, words: str, color: str = figures.INK, bold: bool = False) -> None:
+    def heading(self, row: int, column: int, words: str, color: str = figures.ON_SCREEN, bold: bool = False) -> None:
         """A line above the panels, starting at that column."""
         left, top = self.corner_mm(row, column)
         weight = "bold" if bold else "normal"
         self.axes.text(
-            left, top - 0.04 * self.field_mm, words, color=color, fontsize=12, va="bottom", ha="left", weight=weight
+            left, top - 0.05 * self.field_mm, words, color=color, fontsize=12, va="bottom", ha="left", weight=weight
         )
 
-    def note(self, row: int, words: str, color: str = figures.SOFT) -> None:
-        """Words above a row, at its right."""
-        left, top = self.corner_mm(row, COLUMNS - 1)
-        x, y = left + self.field_mm, top - 0.04 * self.field_mm
+    def note(self, row: int, words: str, color: str = figures.SOFT_ON_SCREEN, column: int = COLUMNS - 1) -> None:
+        """Words above a row, ending at the right of that column."""
+        left, top = self.corner_mm(row, column)
+        x, y = left + self.field_mm, top - 0.05 * self.field_mm
         self.axes.text(x, y, words, color=color, fontsize=11.5, va="bottom", ha="right")
 
     def show(self, row: int, column: int, picture: np.ndarray, cut: Cut) -> None:
         """A picture of `cut`, grey (rows, columns) or coloured (rows, columns, 3), from 0 to 1, with its letters."""
         from matplotlib.patches import Rectangle
+        from matplotlib.patheffects import withStroke
 
         panel = Rectangle(
             self.corner_mm(row, column), self.field_mm, self.field_mm, color=OUTSIDE_COLOR, linewidth=0, zorder=-1
@@ -175,7 +177,8 @@ class Sheet:
             ),
             strict=True,
         ):
-            self.axes.text(x, y, letter, color="#c9d3dc", fontsize=8.5, ha=ha, va=va)
+            words = self.axes.text(x, y, letter, color=figures.ON_SCREEN, fontsize=8.5, ha=ha, va=va)
+            words.set_path_effects([withStroke(linewidth=2, foreground=figures.SCREEN)])
 
     def cross(self, row: int, column: int, cut: Cut, point_zyx_vox: Any) -> None:
         """Marks a point; the middle stays open so that what lies there can be seen."""
@@ -185,13 +188,13 @@ class Sheet:
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             self._line((x + near * dx, x + far * dx), (y + near * dy, y + far * dy), (row, column), MARK, 1.6)
 
-    def box(self, row: int, column: int, cut: Cut, start_zyx_vox: Any, shape_zyx: Any) -> None:
+    def box(self, row: int, column: int, cut: Cut, start_zyx_vox: Any, shape_zyx: Any, color: str = BOX) -> None:
         """Outlines a region of voxels."""
         left, top = self._origin_mm(row, column, cut)
         low = cut.place_mm(np.asarray(start_zyx_vox) - 0.5)
         high = cut.place_mm(np.asarray(start_zyx_vox) + shape_zyx - 0.5)
         xs, ys = (left + low[0], left + high[0]), (top + low[1], top + high[1])
-        self._line([xs[i] for i in (0, 1, 1, 0, 0)], [ys[i] for i in (0, 0, 1, 1, 0)], (row, column), BOX, 0.9)
+        self._line([xs[i] for i in (0, 1, 1, 0, 0)], [ys[i] for i in (0, 0, 1, 1, 0)], (row, column), color, 0.9)
 
     def circle(self, row: int, column: int, cut: Cut, point_zyx_vox: Any) -> None:
         """Marks where a point should be."""

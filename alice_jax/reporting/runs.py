@@ -1,28 +1,23 @@
-"""The sections of a run: its curves, what it has seen, what it reconstructs, and how it was set up."""
+"""The sections of a run: its curves, what it has seen, and how it was set up."""
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import checkpoint, coverage, metrics, tasks
+from alice_jax import checkpoint, coverage, metrics, provenance, tasks
 from alice_jax.data.embedder_views import EmbedderSampler
-from alice_jax.data.pipeline import Sample, Sampler, Samples
+from alice_jax.data.pipeline import Sampler, Samples
 from alice_jax.errors import UserError
-from alice_jax.objectives import alice
 from alice_jax.reporting import figures, page, planes
 from alice_jax.reporting.page import Check, Section
 
-PACKAGES = ("alice_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "scipy")
 HELD_OUT = "validation/"
 SHOWN_SCANS, FEWEST_SLOTS = 200, 24  # bars of the coverage
 
@@ -49,12 +44,14 @@ class Run:
     Attributes:
       lines: of metrics.jsonl.
       counts: how often each scan was used; empty before the first checkpoint.
+      starts: what provenance.json says of each start.
     """
 
     workdir: str
     config: ConfigDict
     lines: list[dict[str, Any]]
     counts: dict[str, int]
+    starts: list[dict[str, Any]]
 
     @property
     def step(self) -> int:
@@ -72,7 +69,7 @@ def read(workdir: str) -> Run:
     lines = metrics.read(workdir)
     if not lines:
         raise UserError(f"--workdir {workdir}: nothing in its metrics.jsonl yet; let the run log its first steps")
-    return Run(workdir, ConfigDict(config), lines, coverage.read(workdir).get("counts", {}))
+    return Run(workdir, ConfigDict(config), lines, coverage.read(workdir).get("counts", {}), provenance.read(workdir))
 
 
 def series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -92,10 +89,10 @@ def curve_sections(run: Run) -> list[Section]:
     for title, pattern, note in GROUPS:
         mine = [name for name in left if re.match(pattern, name)]
         left = [name for name in left if name not in mine]
-        parts = [page.picture(draw_curves(run, mine), note, alt=title)] if mine else []
+        parts = [page.picture(draw_curves(run, mine), note, alt=title, chart=True)] if mine else []
         if title.startswith("Views") and run.counts:
             caption = f"How often each of {len(run.counts)} training scans has been used, up to the last checkpoint."
-            parts.append(page.picture(draw_coverage(run.counts), caption))
+            parts.append(page.picture(draw_coverage(run.counts), caption, chart=True))
         if parts:
             sections.append(Section(title, parts))
     return sections
@@ -144,66 +141,9 @@ def draw_coverage(counts: dict[str, int]) -> bytes:
 # ---------------------------------------------------------------- pictures
 
 
-def reconstruction_section(run: Run, task: tasks.Task) -> Section:
-    """What the student of the newest checkpoint makes of a masked pair of crops, held out if any is."""
-    if not run.config.loss.reconstruction:
-        return Section("Reconstruction", [page.text("loss.reconstruction is 0: nothing is reconstructed.")])
-    try:
-        _, state = checkpoint.restore_arrays(run.workdir)
-    except UserError as error:
-        return Section("Reconstruction", [page.text(str(error))])
-    scans, sampler, whose = task.scans, task.sampler, "training"
-    if task.validation_sampler is not None:
-        scans, sampler, whose = task.validation_scans, task.validation_sampler, "held-out"
-    sample = samples_of(run, sampler, scans)[0]
-    made = reconstruct(run.config, state, sample)
-    names = [scans[i] for i in sample["meta"]["scans"]]
-    square = float(np.mean((made - sample["volumes"][..., 0])[_hidden_voxels(sample)] ** 2))
-    caption = (
-        f"The first {whose} pair after step {int(state['step'])}, windowed as the network sees it. Mean squared error "
-        f"of the hidden voxels: {square:.4f}."
-    )
-    return Section("Reconstruction", [page.picture(draw_reconstruction(sample, made, names), caption)])
-
-
 def samples_of(run: Run, sampler: Sampler, scans: Sequence[str]) -> Samples:
     """The samples of a run."""
     return Samples(sampler, len(scans), run.config.seed, run.config.batch_size, run.config.steps)
-
-
-def reconstruct(config: ConfigDict, state: dict[str, Any], sample: Sample) -> np.ndarray:
-    """(2, depth, height, width): the student's reconstruction of a sample's two masked crops."""
-    networks = dataclasses.replace(tasks.alice_networks(config), weights=alice.Weights(0, 0, 1))
-    batch = {name: sample[name][None] for name in ("volumes", "hidden")}
-    # One evaluation: on a CPU, compiling with optimisation would take longer than what it saves.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    forward = jax.jit(
-        lambda params, extra, batch: networks.forward(params, extra, batch, jax.random.key(0), False).reconstruction,
-        compiler_options=options,
-    )
-    return np.asarray(forward(state["params"], state["extra"], batch), np.float32)[..., 0]
-
-
-def _hidden_voxels(sample: Sample) -> np.ndarray:
-    """(2, depth, height, width) bool from the mask's cells."""
-    hidden, shape = sample["hidden"], sample["volumes"].shape[1:4]
-    for axis, size in enumerate(shape, start=1):
-        hidden = hidden.repeat(size // hidden.shape[axis], axis=axis)
-    return hidden
-
-
-def draw_reconstruction(sample: Sample, made: np.ndarray, names: Sequence[str]) -> bytes:
-    """A PNG: both crops, what the student sees of them, and what it makes of that."""
-    volumes = sample["volumes"][..., 0]
-    seen = np.where(_hidden_voxels(sample), np.nan, volumes)
-    sheet = planes.Sheet(3, max(volumes.shape[1:]))
-    for row, (words, pair) in enumerate((("crop", volumes), ("what the student sees", seen), ("reconstruction", made))):
-        for side in range(2):
-            sheet.heading(row, 3 * side, f"{names[side]}: {words}" if row == 0 else words, bold=row == 0)
-            for i, plane in enumerate(planes.PLANES):
-                cut = planes.whole(volumes.shape[1:], plane, np.array(volumes.shape[1:]) // 2, (1, 1, 1))
-                sheet.show(row, 3 * side + i, cut.of(pair[side]), cut)
-    return sheet.png()
 
 
 def views_section(run: Run, task: tasks.Task, count: int = 3) -> Section:
@@ -217,7 +157,7 @@ def views_section(run: Run, task: tasks.Task, count: int = 3) -> Section:
         sample = samples[row]
         volumes, pairs = sample["volumes"][..., 0], int(sample["meta"]["pairs"])
         sheet.heading(row, 0, task.scans[int(sample["meta"]["scans"][0])], bold=True)
-        sheet.note(row, f"{pairs} shared places", figures.SOFT if pairs else figures.RED)
+        sheet.note(row, f"{pairs} shared places", figures.SOFT_ON_SCREEN if pairs else figures.WARNING_ON_SCREEN)
         low, high = np.percentile(volumes, (1, 99.5))
         for side in range(2):
             cell = np.array(np.unravel_index(sample["pairs"][side, 0], sampler.grid_zyx))
@@ -235,20 +175,41 @@ def views_section(run: Run, task: tasks.Task, count: int = 3) -> Section:
 
 
 def setup_section(run: Run) -> Section:
-    """Configuration and versions."""
-    versions = [("python", platform.python_version())]
-    for name in PACKAGES:
-        try:
-            versions.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    parts = [
-        page.text(f"Run in {os.path.abspath(run.workdir)}; this page was made on {devices}, {platform.platform()}."),
-        page.folded("Configuration", page.plain(json.dumps(run.config.to_dict(), indent=2))),
-        page.folded("Versions (of the programs that made this page)", page.table(("", ""), versions)),
-    ]
+    """Configuration and provenance."""
+    parts = [page.text(f"Run in {os.path.abspath(run.workdir)}."), page.heading("Provenance")]
+    if run.starts:
+        rows = [
+            (
+                entry.get("step"),
+                entry.get("time"),
+                entry.get("devices"),
+                entry.get("processes"),
+                (entry.get("commit") or "unknown")[:12] + ("+" if (entry.get("commit") or "").endswith("+") else ""),
+                (entry.get("embedder") or "none")[:12],
+            )
+            for entry in run.starts
+        ]
+        words = "Noted by the training program at each start. A + after the commit: with uncommitted changes."
+        parts += [
+            page.text(words),
+            page.table(("from step", "time (UTC)", "devices", "processes", "commit", "embedder of the pairs"), rows),
+            page.folded("Versions at training time", page.table(*_version_table(run.starts))),
+        ]
+    else:
+        parts.append(page.text("Nothing noted: the run is older than this record."))
+    parts.append(page.folded("Configuration", page.plain(json.dumps(run.config.to_dict(), indent=2))))
     return Section("Setup", parts)
+
+
+def _version_table(starts: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A column for the first start, and one for each that changed something."""
+    columns = [("step", starts[0].get("step"), starts[0].get("versions", {}))]
+    for entry in starts[1:]:
+        if entry.get("versions") != columns[-1][2]:
+            columns.append(("step", entry.get("step"), entry.get("versions", {})))
+    names = list(dict.fromkeys(name for *_, versions in columns for name in versions))
+    header = ("", *(f"{word} {step}" for word, step, _ in columns))
+    return header, [(name, *(versions.get(name, "") for *_, versions in columns)) for name in names]
 
 
 # ---------------------------------------------------------------- checks

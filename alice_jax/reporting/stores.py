@@ -1,6 +1,7 @@
 """The sections of a store: its scans, the pairs mined from them, and what the embedder makes of a body."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from alice_jax.data.scan import Scan
 from alice_jax.data.store import Store
 from alice_jax.reporting import figures, page, planes
 from alice_jax.reporting.page import Check, Section
-from alice_jax.reporting.pairs import Pair, draw_pairs, draw_statistics
+from alice_jax.reporting.pair_pictures import draw_pairs, draw_statistics
+from alice_jax.reporting.pairs import Limits, Pair, best_rejected, worst_accepted
 
-SHEET_SCANS, PCA_SCANS, TABLE_SCANS, READ_SCANS = 24, 4, 200, 24
+SHEET_SCANS, PCA_SCANS, TABLE_SCANS, READ_SCANS, COMPARED_SCANS = 24, 4, 200, 24, 32
 SLAB_MM = 32.0
 FIT_CELLS = 3000  # of each scan, for the principal components
 
@@ -29,21 +31,27 @@ def spread(ids: Sequence[str], count: int) -> list[str]:
 # ---------------------------------------------------------------- scans
 
 
-def cohort_section(store: Store) -> Section:
-    """Every scan from the front and from its side, and their numbers."""
+def cohort_section(store: Store, guilty: Mapping[str, str]) -> Section:
+    """Scans from the front and from the side, and their numbers.
+
+    Args:
+      guilty: what is wrong with scans; these are shown first.
+    """
     ids = store.ids()
     scans = [store.scan(id) for id in spread(ids, TABLE_SCANS)]
-    shown = spread(ids, SHEET_SCANS)
+    marked = list(guilty)[:SHEET_SCANS]
+    shown = marked + spread([id for id in ids if id not in guilty], SHEET_SCANS - len(marked))
     caption = (
         f"{len(shown)} of {len(ids)} scans: mean of {SLAB_MM:.0f} mm through the middle of the body, from the front "
         "and from the patient's left. Heads are up, livers on the left and hearts on the right; in the side views "
         "spines are on the right. A picture that differs has a wrong axis, and one of odd proportions a wrong spacing."
     )
+    caption += " Red: named by the checks above." if guilty else ""
     rows = [_row(store, scan, i < READ_SCANS) for i, scan in enumerate(scans)]
     header = ("scan", "shape z, y, x", "field of view mm", "file's spacing mm", "file's axes", "HU 1, 50, 99 %")
     of = f" of {len(ids)}" if len(scans) < len(ids) else ""
     parts = [
-        page.picture(draw_bodies(store, shown), caption),
+        page.picture(draw_bodies(store, shown, guilty), caption),
         page.plain(cohort.summary(store, scans)),
         page.folded(f"{len(scans)}{of} scans", page.table(header, rows)),
     ]
@@ -68,7 +76,7 @@ def _row(store: Store, scan: Scan, read: bool) -> tuple[str, ...]:
     )
 
 
-def draw_bodies(store: Store, ids: Sequence[str], columns: int = 6) -> bytes:
+def draw_bodies(store: Store, ids: Sequence[str], guilty: Mapping[str, str], columns: int = 6) -> bytes:
     """A PNG with two slabs of each scan in true proportions, each scan as large as its cell allows."""
     gap, label = 0.015, 0.11  # in cells
     slabs = [[_slab(store, store.scan(id), plane) for plane in planes.PLANES[1:]] for id in ids]
@@ -78,11 +86,15 @@ def draw_bodies(store: Store, ids: Sequence[str], columns: int = 6) -> bytes:
     ]
     heights = [scale * max(height for _, (height, _) in pair) for scale, pair in zip(scales, slabs, strict=True)]
     rows = [max(heights[i : i + columns]) + label + gap for i in range(0, len(ids), columns)]
-    figure = figures.new_figure(12, 12 * sum(rows) / columns)
+    figure = figures.new_figure(12, 12 * sum(rows) / columns, figures.SCREEN)
     axes = figure.add_axes((0, 0, 1, 1))
     for i, (id, pair, scale) in enumerate(zip(ids, slabs, scales, strict=True)):
         top, left = sum(rows[: i // columns]) + label, i % columns + gap
-        axes.text(left, top - 0.02, _short(id), fontsize=9.5, color=figures.INK, va="bottom")
+        color = figures.WARNING_ON_SCREEN if id in guilty else figures.ON_SCREEN
+        axes.text(left, top - 0.02, _short(id), fontsize=9.5, color=color, va="bottom")
+        if id in guilty:
+            words = "\n".join(textwrap.wrap(guilty[id], 30))
+            axes.text(left + 0.02, top + 0.03, words, fontsize=8, color=color, va="top", zorder=3)
         for picture, (height, width) in pair:
             extent = (left, left + width * scale, top + height * scale, top)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="bilinear")
@@ -112,53 +124,87 @@ def _short(id: str, length: int = 26) -> str:
 
 
 def pairs_section(
-    store: Store, pairs: Sequence[Pair], count: int, threshold: float | None, crop_shape_zyx: Sequence[int], whose: str
+    store: Store,
+    pairs: Sequence[Pair],
+    tries: Sequence[Pair],
+    count: int,
+    limits: Limits | None,
+    crop_shape_zyx: Sequence[int],
+    whose: str,
 ) -> Section:
-    """The first pairs, unselected, then the extremes of all.
+    """The first pairs, unselected, then the statistics and the extremes of all.
 
     Args:
       pairs: from the first one on.
-      threshold: from which a match is accepted; None where nothing is matched.
+      tries: that were not accepted on the way.
+      limits: to accept a match; None where nothing is matched.
       whose: what these are the first pairs of.
     """
-    legend = "Yellow: the point of the query, and its match in the key. Blue: the crop."
+    legend = "Yellow: the point of the query (left), and its match in the key (right). Blue: the crop."
     if any("phantom" in store.scan(id).extra for id in pairs[0].ids):
         legend += " Green: the true place of the point."
     first = pairs[:count]
     parts = [
         page.text(f"The first {len(first)} pairs of {whose}, unselected. {legend}"),
-        page.picture(draw_pairs(store, first, crop_shape_zyx), alt=f"The first {len(first)} pairs"),
-        page.table(
-            ("pair", "query", "point z, y, x", "key", "point z, y, x", "score", "redrawn", "weak"),
-            [
-                (
-                    pair.number + 1,
-                    pair.ids[0],
-                    ", ".join(map(str, pair.points_zyx_vox[0])),
-                    pair.ids[1],
-                    ", ".join(map(str, pair.points_zyx_vox[1])),
-                    f"{pair.score:.3f}",
-                    pair.redraws,
-                    "yes" if pair.weak else "no",
-                )
-                for pair in first
-            ],
-        ),
+        page.picture(draw_pairs(store, first, crop_shape_zyx, limits), alt=f"The first {len(first)} pairs"),
+        page.folded(f"The points of these {len(first)} pairs", _pair_table(first)),
+        page.heading(f"Statistics of the first {len(pairs)} pairs"),
         page.picture(
-            draw_statistics(store, pairs, threshold),
-            f"The first {len(pairs)} pairs. Where the points lie in the two bodies' boxes: along the diagonal the "
-            "axes agree; along the other one an axis is flipped; a cloud means bad matches or very different fields "
-            "of view.",
+            draw_statistics(store, pairs, tries, limits),
+            "Dashed: the limits of what is accepted. The last three: where the points lie in the two bodies' boxes; "
+            "a cloud instead of the diagonal means bad matches or very different fields of view.",
+            chart=True,
         ),
     ]
-    accepted = sorted((pair for pair in pairs if not pair.weak), key=lambda pair: -pair.score)
-    weak = sorted((pair for pair in pairs if pair.weak), key=lambda pair: -pair.score)
-    if threshold is not None:
-        extremes = [*accepted[:1], *(accepted[-2:] if len(accepted) > 2 else accepted[1:]), *weak[:1]]
-        words = f"The best and the two worst accepted of the first {len(pairs)} pairs"
-        words += ", and the best of the weak ones." if weak else "; none is weak."
-        parts += [page.text(words), page.picture(draw_pairs(store, extremes, crop_shape_zyx), alt="Extremes")]
+    if limits is None:
+        return Section("Pairs", parts)
+    worst = worst_accepted(pairs)
+    best = best_rejected(tries, limits)
+    weak = sorted((pair for pair in pairs if pair.weak), key=lambda pair: -pair.score)[:1]
+    lowest = "The two of the lowest score, and the one of the largest cycle error among the others."
+    tried = 'Of the highest score among those that each limit turned down. "For 3": tried on the way to pair 3.'
+    for title, words, chosen in (
+        ("The worst accepted pairs", lowest, worst),
+        ("A weak pair", "No try was accepted, and this is the best of them.", weak),
+        ("The best rejected tries", tried, best),
+    ):
+        if chosen:
+            picture = page.picture(draw_pairs(store, chosen, crop_shape_zyx, limits), alt=title)
+            parts += [page.heading(title), page.text(words), picture]
+    if not best:
+        parts.append(page.text("No try was rejected on the way."))
     return Section("Pairs", parts)
+
+
+def _pair_table(pairs: Sequence[Pair]) -> str:
+    header = (
+        "pair",
+        "query",
+        "point z, y, x",
+        "key",
+        "point z, y, x",
+        "score",
+        "cycle mm",
+        "redrawn",
+        "weak",
+        "weight",
+    )
+    rows = [
+        (
+            pair.number + 1,
+            pair.ids[0],
+            ", ".join(map(str, pair.points_zyx_vox[0])),
+            pair.ids[1],
+            ", ".join(map(str, pair.points_zyx_vox[1])),
+            f"{pair.score:.3f}",
+            f"{pair.cycle_mm:.1f}" if np.isfinite(pair.cycle_mm) else "",
+            pair.redraws,
+            "yes" if pair.weak else "no",
+            f"{pair.weight:.2g}",
+        )
+        for pair in pairs
+    ]
+    return page.table(header, rows)
 
 
 # ---------------------------------------------------------------- embeddings
@@ -170,11 +216,19 @@ def embedded(store: Store) -> list[str]:
     return [] if codec is None else [id for id in store.ids() if embeddings.embedded_by(store, id) == codec.hash]
 
 
-def embedding_check(store: Store, done: Sequence[str]) -> Check:
+def embedding_check(store: Store, done: Sequence[str], trained_with: str | None = None) -> Check:
+    """Whether all scans are embedded.
+
+    Args:
+      trained_with: the embedder whose vectors lay in the store when a run was last started.
+    """
     codec, count = embeddings.read_codec(store), len(store.ids())
-    name = "" if codec is None else f" by the embedder {codec.embedder[:12]}"
+    words = f"{len(done)} of {count}" + ("" if codec is None else f" by the embedder {codec.embedder[:12]}")
     level = "good" if len(done) == count else "bad" if done else "look"
-    return Check(level, "Scans are embedded", f"{len(done)} of {count}{name}")
+    if codec is not None and trained_with not in (None, codec.embedder):
+        level = "look" if level == "good" else level
+        words += f"; the run was last started with pairs of {trained_with[:12]}, so those shown here are others"
+    return Check(level, "Scans are embedded", words)
 
 
 def embeddings_section(store: Store, ids: Sequence[str]) -> Section:
