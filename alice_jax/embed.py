@@ -2,8 +2,7 @@
 
 DIR of --workdir is that of a trained embedder (`alice_jax.train --config=configs/embedder.py`). Scans that this
 embedder has embedded are skipped, so running the command again continues where it stopped. Many tasks may share a
-store: give each its --task-index of --task-count; let one of them begin alone, since the first one settles how the
-vectors are stored.
+store, on one or on many machines: give each its --task-index of --task-count and begin them in any order.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from alice_jax import checkpoint, cli, tasks
 from alice_jax.data import embeddings
+from alice_jax.data.codec import Codec, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
-from alice_jax.data.embeddings import Codec
 from alice_jax.data.store import AIR_HU, Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
@@ -185,13 +184,7 @@ def embed_store(
             f"prepare the scans with --spacing {embedder.spacing_mm}, or train an embedder on this store"
         )
     whole = WholeVolume(embedder)
-    codec = embeddings.read_codec(store)
-    if codec is None or codec.embedder != embedder.hash():
-        if codec is not None:
-            print("the store's embeddings are of another embedder and will be replaced", file=sys.stderr)
-        fit_codec(store, embedder, whole).save(store)
-        codec = embeddings.read_codec(store)  # what another task may have written meanwhile counts for all
-        assert codec is not None
+    codec = settle_codec(store, embedder.hash(), lambda: fit_codec(store, embedder, whole))
     mine = ids[task_index::task_count]
     todo = [id for id in mine if force or embeddings.embedded_by(store, id) != codec.hash]
     began = time.perf_counter()
@@ -205,7 +198,7 @@ def bytes_per_scan(store: Store) -> float | None:
     """Mean bytes on disk of a scan's embedding; None where the store is no local folder or nothing is embedded."""
     sizes = []
     for id in store.ids():
-        folders = [os.path.join(store.path, "scans", id, name) for name in ("fine", "coarse", embeddings.HASH)]
+        folders = [os.path.join(store.path, "scans", id, name) for name in embeddings.ARRAYS]
         if all(map(os.path.isdir, folders)):
             files = (os.path.join(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names)
             sizes.append(sum(map(os.path.getsize, files)))

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_matching import add_scan, make_store
+from test_matching import add_scan, make_codec, make_store
 
 from alice_jax import checkpoint, embed
+from alice_jax.data import codec as codec_module
 from alice_jax.data import embeddings, matching
+from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder
 
@@ -84,6 +89,66 @@ def test_tasks_share_the_scans(store, embedder):
     assert embed.embed_store(store, embedder, task_index=1, task_count=2).embedded == 1
     codec = embeddings.read_codec(store)
     assert {embeddings.embedded_by(store, id) for id in store.ids()} == {codec.hash}
+
+
+def test_tasks_that_begin_at_once_on_a_fresh_store_share_one_codec(store, embedder, monkeypatch):
+    both_fit, fit = threading.Barrier(2), embed.fit_codec
+
+    def fit_at_once(*args):
+        both_fit.wait(60)
+        codec = fit(*args)
+        # Two machines may differ in the last bits, which makes another codec.
+        return dataclasses.replace(codec, spacing_zyx_mm=(2.0, 2.0, 2.0 + 1e-9 * threading.get_ident()))
+
+    monkeypatch.setattr(embed, "fit_codec", fit_at_once)
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(embed.embed_store, Store.open(store.path), embedder, task, 2) for task in range(2)]
+        summaries = [task.result() for task in tasks]
+    assert sorted(summary.embedded for summary in summaries) == [1, 2]
+    hashes = {embeddings.embedded_by(store, id) for id in store.ids()}
+    assert hashes == {embeddings.read_codec(store).hash} == {summary.codec.hash for summary in summaries}
+
+
+def settle(path, seed, gate, out):
+    """A task of its own process: a codec that no other task fits."""
+    gate.wait(60)
+    out.put(codec_module.settle_codec(Store.open(path), "a" * 64, lambda: make_codec(seed=seed)).hash)
+
+
+def test_of_codecs_fitted_in_several_processes_the_first_one_written_counts(tmp_path):
+    store = make_store(tmp_path / "store")
+    make_codec(embedder="b" * 64).save(store)  # an older embedder's, which all of them find
+    context = multiprocessing.get_context("spawn")
+    gate, out = context.Barrier(3), context.Queue()
+    workers = [context.Process(target=settle, args=(store.path, seed, gate, out)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    hashes = {out.get(timeout=120) for _ in workers}
+    for worker in workers:
+        worker.join(60)
+    assert hashes == {embeddings.read_codec(store).hash}
+
+
+def test_embeddings_of_another_format_are_replaced(store, embedder):
+    embed.embed_store(store, embedder)
+    old = store.read_json("embedder.json")
+    store.write_json("embedder.json", old | {"format": 1})
+    with pytest.raises(UserError, match=r"embeddings of format 1, this version reads 2; run .*embed again"):
+        matching.read_embedding(store, "a")
+    assert embed.embed_store(store, embedder).codec.hash == old["hash"]
+    assert matching.read_embedding(store, "a").shape_zyx == SHAPE
+
+
+def test_an_embedder_that_comes_too_late_gives_way(store, embedder):
+    other = make_codec(embedder="c" * 64)
+
+    def fit_while_another_begins():
+        other.save(store)
+        return make_codec(embedder="a" * 64)
+
+    with pytest.raises(UserError, match="another task has begun to embed it by another embedder"):
+        codec_module.settle_codec(store, "a" * 64, fit_while_another_begins)
+    assert embeddings.read_codec(store).hash == other.hash
 
 
 @pytest.mark.parametrize("shape", [(200, 32, 20), (161, 20, 32)], ids=["even", "odd"])

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -107,8 +107,13 @@ class Codec:
             "coarse": level(self.coarse),
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """What is written to `CODEC_FILE`."""
+        return self._as_dict() | {"hash": self.hash}
+
     def save(self, store: Store) -> None:
-        store.write_json(CODEC_FILE, self._as_dict() | {"hash": self.hash})
+        """Makes this the codec of the store, whatever is there."""
+        store.write_json(CODEC_FILE, self.to_json())
 
 
 def _to_text(array: np.ndarray) -> str:
@@ -142,6 +147,33 @@ def read_codec(store: Store) -> Codec | None:
             "run alice_jax.embed again"
         )
 
+    return _from_json(raw)
+
+
+def settle_codec(store: Store, embedder: str, fit: Callable[[], Codec]) -> Codec:
+    """The store's codec for an embedder: the one that is there, or `fit()`.
+
+    Of tasks that begin at once, the first one that has fitted decides for all, so that they need not wait for it.
+
+    Args:
+      embedder: hash of the network.
+    """
+    raw = store.read_json(CODEC_FILE)
+    if not _is_of(raw, embedder):
+        raw = store.settle_json(CODEC_FILE, old=raw, new=fit().to_json())
+    if not _is_of(raw, embedder):
+        raise UserError(
+            f"store {store.path}: another task has begun to embed it by another embedder; let that one finish, or stop "
+            "it and run this one again"
+        )
+    return _from_json(raw)
+
+
+def _is_of(raw: Any, embedder: str) -> bool:
+    return raw is not None and raw.get("format") == FORMAT and raw.get("embedder") == embedder
+
+
+def _from_json(raw: dict[str, Any]) -> Codec:
     def level(x: dict[str, Any]) -> Level:
         return Level(
             tuple(x["stride_zyx_vox"]), _from_text(x["projection"]).reshape(-1, x["dims"]), _from_text(x["step"])

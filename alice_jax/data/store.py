@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from alice_jax.data import geometry
+from alice_jax.data import geometry, zarr
 from alice_jax.data.scan import Scan
 from alice_jax.errors import UserError
 
 FORMAT, VERSION = "alice_jax store", 1
 AIR_HU = -1024
 FRAME = "index order (z, y, x); axes grow toward Left (x), Posterior (y), Superior (z)"
-CHUNK = 32  # voxels: a 64-voxel crop touches 8 to 27 chunks; 128 would decode eight times what it needs
 HANDLES = 256  # open arrays kept for reuse
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("volume", "foreground")
@@ -243,6 +242,21 @@ class Store:
         """Reads a file of the whole store; None if there is none."""
         return _read_json(self._kvstore, _checked(name), f"store {self.path}")
 
+    def settle_json(self, name: str, old: Any, new: Any) -> Any:
+        """Writes `new` if the file still holds `old` (None: is not there), and returns what it holds then.
+
+        Of several processes that read the same `old`, the first one writes and all get what it wrote.
+        """
+        what = f"store {self.path}"
+        try:
+            before = self._kvstore.read(_checked(name)).result()
+            if (None if before.state == "missing" else json.loads(before.value)) == old:
+                value = json.dumps(new, indent=1, allow_nan=False).encode()
+                self._kvstore.write(name, value, if_equal=before.stamp.generation).result()
+        except _ERRORS as error:
+            raise UserError(f"{what}: {name} cannot be written: {error}") from error
+        return _read_json(self._kvstore, name, what)
+
     # ---------------------------------------------------------------- points
 
     def to_world(self, id: str, points_zyx_vox: np.ndarray) -> np.ndarray:
@@ -277,7 +291,7 @@ class Store:
         try:
             self._kvstore.delete_range(_prefix_range(key)).result()
             handle = ts.open(
-                {**self._spec(key), "metadata": _metadata(array, fill, chunks)}, create=True, context=_CONTEXT
+                {**self._spec(key), "metadata": zarr.metadata(array, fill, chunks)}, create=True, context=_CONTEXT
             ).result()
             handle.write(np.ascontiguousarray(array)).result()
         except _ERRORS as error:
@@ -373,23 +387,3 @@ def _checked(name: str) -> str:
     if not NAME.fullmatch(name):
         raise UserError(f"name {name!r}: use letters, digits, dot, dash and underscore, a letter or digit first")
     return name
-
-
-def _metadata(array: np.ndarray, fill: int, chunks: Sequence[int] | None) -> dict[str, Any]:
-    if chunks is None:  # channels, if any, stay together
-        chunks = [min(CHUNK, n) if axis < 3 else n for axis, n in enumerate(array.shape)]
-    shard = [-(-n // c) * c for n, c in zip(array.shape, chunks, strict=True)]
-    bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle"}}
-    sharding = {
-        "chunk_shape": [int(c) for c in chunks],
-        "codecs": [bytes_codec, blosc, {"name": "crc32c"}],
-        "index_codecs": [bytes_codec, {"name": "crc32c"}],
-    }
-    return {
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "fill_value": array.dtype.type(fill).item(),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [int(n) for n in shard]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
