@@ -78,6 +78,9 @@ def _row(store: Store, scan: Scan, read: bool) -> tuple[str, ...]:
 
 def draw_bodies(store: Store, ids: Sequence[str], guilty: Mapping[str, str], columns: int = 6) -> bytes:
     """A PNG with two slabs of each scan in true proportions, each scan as large as its cell allows."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
     gap, label = 0.015, 0.11  # in cells
     slabs = [[_slab(store, store.scan(id), plane) for plane in planes.PLANES[1:]] for id in ids]
     scales = [
@@ -94,7 +97,10 @@ def draw_bodies(store: Store, ids: Sequence[str], guilty: Mapping[str, str], col
         axes.text(left, top - 0.02, _short(id), fontsize=9.5, color=color, va="bottom")
         if id in guilty:
             words = "\n".join(textwrap.wrap(guilty[id], 30))
-            axes.text(left + 0.02, top + 0.03, words, fontsize=8, color=color, va="top", zorder=3)
+            note = axes.text(left + 0.02, top + 0.03, words, fontsize=8.5, color=color, va="top", zorder=3)
+            note.set_path_effects([withStroke(linewidth=3, foreground=figures.SCREEN)])
+            frame = (left, top), sum(width for _, (_, width) in pair) * scale + gap, heights[i]
+            axes.add_patch(Rectangle(*frame, fill=False, edgecolor=color, linewidth=2, zorder=3))
         for picture, (height, width) in pair:
             extent = (left, left + width * scale, top + height * scale, top)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="bilinear")
