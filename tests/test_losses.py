@@ -34,6 +34,22 @@ def test_reconstruction_counts_hidden_voxels_only():
     assert losses.reconstruction(prediction, volumes, None) == pytest.approx((8 * 9 + 1e4) / 64)
 
 
+def test_weights_of_one_change_no_bit_and_others_scale_their_sample():
+    rng = np.random.default_rng(0)
+    target, student = (jnp.asarray(rng.random((3, 2, 5, 7)), jnp.float32) for _ in range(2))
+    volumes, prediction = (jnp.asarray(rng.random((3, 4, 4, 4, 1)), jnp.float32) for _ in range(2))
+    hidden = jnp.asarray(np.arange(8).reshape(1, 2, 2, 2).repeat(3, 0) < 6)
+    for loss in (
+        lambda w: losses.alignment(target, student, w),
+        lambda w: losses.invariance(target[:, :, 0], student[:, :, 0], w),
+        lambda w: losses.reconstruction(prediction, volumes, hidden, w),
+        lambda w: losses.reconstruction(prediction, volumes, None, w),
+    ):
+        assert loss(jnp.ones(3)) == loss(None)
+        parts = [loss(jnp.asarray(row)) for row in np.diag([1.0, 0.5, 0.0]).astype(np.float32)]
+        assert loss(jnp.array([1.0, 0.5, 0.0])) == pytest.approx(sum(parts), rel=1e-5) and parts[2] == 0
+
+
 def test_center_moves_a_tenth_of_the_way():
     np.testing.assert_allclose(losses.moved_center(jnp.array([1.0]), jnp.array([2.0])), [1.1], rtol=1e-6)
 
