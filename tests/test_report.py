@@ -151,6 +151,8 @@ def test_a_png_holds_the_pairs_alone_and_only_named_scans_are_paired(store, tmp_
     [
         ([], "--store, --workdir"),
         (["--store", "{bare}"], "python -m alice_jax.embed --store"),
+        (["--store", "{single}"], "holds 1 scans and a pair needs two; prepare more"),
+        (["--store", "{other}"], "an embedding of another embedder than the store's .*python -m alice_jax.embed"),
         (["--store", "{folder}"], "no manifest.json"),
         (["--store", "{store}", "--only", "case0", "caseX"], "caseX: not in the store"),
         (["--store", "{store}", "--only", "case0"], "two scans"),
@@ -163,8 +165,11 @@ def test_a_png_holds_the_pairs_alone_and_only_named_scans_are_paired(store, tmp_
     ],
 )
 def test_mistakes_are_said_in_one_line_and_nothing_is_written(store, tmp_path, arguments, message):
-    places = {name: tmp_path / name for name in ("bare", "folder", "silent", "damaged")}
+    places = {name: tmp_path / name for name in ("bare", "single", "other", "folder", "silent", "damaged")}
     noise_store(str(places["bare"]), scans=2, shape_zyx=(16, 16, 16))
+    noise_store(str(places["single"]), scans=1, shape_zyx=(16, 16, 16))
+    shutil.copytree(store.path, places["other"])
+    dataclasses.replace(make_codec(), embedder="another").save(Store.open(places["other"]))
     places["folder"].mkdir()
     write_run(places["silent"], config_for(store), lines=[])
     checkpoint.write_config(str(places["damaged"]), {"seed": 0})
