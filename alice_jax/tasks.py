@@ -5,6 +5,7 @@ The one place inside the package that reads configuration fields; everything bel
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from alice_jax import schedules
+from alice_jax import checkpoint, schedules
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler
-from alice_jax.data.embeddings import EmbeddingReader
+from alice_jax.data.embeddings import EmbeddingReader, read_codec
 from alice_jax.data.partners import read_patients
 from alice_jax.data.pipeline import Sampler
 from alice_jax.data.store import Store
@@ -265,6 +266,16 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
+def start_values(path: str, network: Embedder) -> dict[str, Any]:
+    """Weights to start an embedder from: those of another run's workdir, or of a PyTorch file."""
+    if not os.path.isdir(path):
+        return embedder_weights.load(path, network)
+    config, state = checkpoint.restore_arrays(path)
+    if config.get("objective") != "embedder" or embedder_network(config["model"], network.dtype) != network:
+        raise UserError(f"init_from {path}: not a run of this embedder; give the workdir of one with the same model.*")
+    return {"params": state["params"], "batch_stats": state["extra"]["batch_stats"]}
+
+
 def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     """Refuses settings that do not fit the store or the network."""
     spacing, views = tuple(store.manifest["spacing_zyx_mm"]), config.views
@@ -284,6 +295,13 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     for name in ("reduce", "pairs"):
         if views[name] < 1:
             raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
+    if not 0 <= views.partner_share <= 1:
+        raise UserError(f"views.partner_share {views.partner_share}: give a share from 0 to 1")
+    if views.partner_share and read_codec(store) is None:
+        raise UserError(
+            f"views.partner_share {views.partner_share}: pairs of patients need embeddings and {store.path} has none; "
+            "train with 0 first, run alice_jax.embed, then train again with init_from set to the first workdir"
+        )
     if not views.window_hu[0] < views.window_hu[1]:
         raise UserError(f"views.window_hu {views.window_hu}: give the lowest and the highest HU")
     if not 0 < views.scale[0] <= 1 <= views.scale[1]:
@@ -330,6 +348,8 @@ def embedder_task(config: ConfigDict, store: Store) -> Task:
             shift=views.shift,
             window_hu=tuple(views.window_hu),
             distortion=distortion,
+            partner_share=views.partner_share,
+            embeddings=EmbeddingReader(store) if views.partner_share else None,
         )
 
     return Task(
@@ -340,7 +360,7 @@ def embedder_task(config: ConfigDict, store: Store) -> Task:
             statistics_momentum=config.model.statistics_momentum,
             optimizer=update,
             schedules={"learning_rate": learning_rate},
-            start=embedder_weights.load(config.init_from, network) if config.init_from else None,
+            start=start_values(config.init_from, network) if config.init_from else None,
         ),
         sampler=sampler(scans),
         scans=scans,

@@ -308,7 +308,9 @@ def test_running_statistics_follow_the_batch(trained):
 def test_a_zero_weight_is_not_computed():
     view = line_of_cells([0.0, 9.0], [[1.0, 0.0], [0.0, 1.0]], 0)
     contrasts = {"fine": objective.Contrast(), "joint": objective.Contrast(weight=0.0)}
-    terms = objective.direction_terms(view, view | {"others": {}}, jnp.ones(1), jax.random.key(0), contrasts, 0, (1, 1, 2))
+    terms = objective.direction_terms(
+        view, view | {"others": {}}, jnp.ones(1), jax.random.key(0), contrasts, 0, (1, 1, 2)
+    )
     assert "loss_fine" in terms and "loss_joint" not in terms
 
 

@@ -140,7 +140,6 @@ def test_the_fast_search_agrees_with_the_dense_one_and_looks_at_little(bodies, c
     near = (np.abs(fast.points_zyx_vox - exact.points_zyx_vox) <= STRIDE).all(axis=1)
     assert near.mean() >= 0.95
     np.testing.assert_allclose(fast.scores[near], exact.scores[near], atol=2e-3)
-    assert np.isnan(fast.cycle_mm).all() and np.isnan(exact.cycle_mm).all()
     if count == 1:
         assert read < 0.05 * key.rows.array.nbytes
 
@@ -163,7 +162,7 @@ def test_cycle_is_the_way_back_in_mm(bodies):
     np.testing.assert_allclose(found.cycle_mm, np.linalg.norm(2.0 * (back - points), axis=1))
     assert (found.cycle_mm < 3).all()
     np.testing.assert_allclose(found.points_zyx_vox, points - [8, -6, 10], atol=1)
-    assert np.isnan(matching.match(query, points, key, cycle=False).cycle_mm).all()
+    assert (found.agreeing > 0.2).all()
 
 
 def test_cells_are_read_from_the_store_only_once(bodies, monkeypatch):

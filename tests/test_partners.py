@@ -204,8 +204,10 @@ def test_the_cycle_error_is_that_of_the_matcher(mixed):
     sampler = sampler_of(mixed)
     for pair in mined(sampler, 5):
         a, b = (sampler.embeddings(sampler.scan_ids[scan]) for scan in (pair.query, pair.key))
-        there = matching.match(a, pair.query_point_zyx_vox[None], b, cycle=True)
-        assert pair.cycle_mm == pytest.approx(there.cycle_mm[0], abs=1e-3)
+        asked = pair.query_point_zyx_vox[None]
+        there = matching.search(a, asked, b)
+        back_mm = matching.cycle_mm(a, asked, b, there.points_zyx_vox)
+        assert pair.cycle_mm == pytest.approx(back_mm[0], abs=1e-3)
         assert pair.score == pytest.approx(there.scores[0], abs=1e-5)
 
 

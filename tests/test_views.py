@@ -44,21 +44,21 @@ class Scores:
         self.scores += scores
         self.back_mm += back_mm
 
-    def match(self, query, points, key, cycle=True):
-        assert not cycle  # which is looked at only where the score is high
-        if self.rounds and (key, query) == self.rounds[-1]:
-            back_mm = np.array([self.back_mm.pop(0) if self.back_mm else 0.0 for _ in points])
-            return matching.Match(points + back_mm[:, None] * (0.5, 0, 0), np.ones(len(points)), None)  # voxels of 2 mm
+    def search(self, query, points, key):
         if not self.rounds or (query, key) != self.rounds[-1]:
             self.rounds.append((query, key))
             self.partners.append(key)
-        return matching.Match(np.asarray(points, float), np.array([self.scores.pop(0) for _ in points]), None)
+        return matching.Found(np.asarray(points, float), np.array([self.scores.pop(0) for _ in points]))
+
+    def cycle_mm(self, query, points, key, found):
+        return np.array([self.back_mm.pop(0) if self.back_mm else 0.0 for _ in points])
 
 
 @pytest.fixture
 def scores(monkeypatch):
     given = Scores()
-    monkeypatch.setattr(views.matching, "match", given.match)
+    monkeypatch.setattr(views.matching, "search", given.search)
+    monkeypatch.setattr(views.matching, "cycle_mm", given.cycle_mm)
     return given
 
 

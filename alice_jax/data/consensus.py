@@ -19,7 +19,7 @@ from alice_jax.data.embeddings import Embedding
 
 NEIGHBOURS = 64
 SPREAD_MM = 16.0  # standard deviation of the neighbours' distances along each axis
-WINDOW_MM = 48.0  # on each side of a match its neighbours' are looked for
+WINDOW_MM = 40.0  # on each side of a match its neighbours' are looked for
 STEP_MM = 8.0  # cells of a window are this far apart, or one cell
 CYCLE_MM = 6.0  # a neighbour that returns this far from where it began counts half
 SCALES_MM = (24.0, 16.0, 11.0, 8.0, 6.0)  # residuals of this size count a quarter, in one iteration after the other
@@ -67,7 +67,12 @@ def window(embedding: Embedding, point_zyx_vox: np.ndarray) -> Window:
     counts = (middle - low) // step + 1 + np.minimum(reach, (grid - 1 - middle) // step)
     cells = low + np.moveaxis(np.indices(counts), 0, -1).reshape(-1, 3) * step
     vectors = embedding.vectors(cells)
-    return Window(low, step, tuple(counts), vectors, vectors[:, : len(codec.fine.step)].any(axis=1))
+    return Window(low, step, tuple(counts), vectors, _holds(vectors, embedding))
+
+
+def _holds(vectors: np.ndarray, embedding: Embedding) -> np.ndarray:
+    """Whether each cell's vector (n, 2·dims) is one of the body: the fine half is zero elsewhere."""
+    return np.abs(vectors[:, : len(embedding.codec.fine.step)]).max(axis=1) > 0
 
 
 def best_cells(queries: np.ndarray, inside: Window) -> np.ndarray:
@@ -99,7 +104,7 @@ def consensus(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, foun
         cells = np.floor((point + offsets_mm() / spacing_mm + 0.5) / stride).astype(int)
         cells = np.unique(cells[((cells >= 0) & (cells < query.grid_zyx)).all(axis=1)], axis=0)
         vectors = query.vectors(cells)
-        inside = vectors[:, : len(query.codec.fine.step)].any(axis=1)
+        inside = _holds(vectors, query)
         if inside.sum() < 4 or not there.body.any():
             continue
         cells, vectors = cells[inside], vectors[inside]

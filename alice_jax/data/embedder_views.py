@@ -52,8 +52,9 @@ class Distortion:
     """How a view differs from the scan.
 
     scale: smallest and largest zoom, drawn for each axis around one for all.
-    rotation_degrees, bend_mm, bend_spacing_mm: largest angle about each axis; standard deviation and correlation
-      length of the smooth displacement.
+    rotation_degrees: largest angle about each axis.
+    bend_mm, bend_spacing_mm: standard deviation and correlation length of a smooth displacement.
+    stretch_mm, stretch_spacing_mm: of a second one, to reach as far as whole regions of the body differ in length.
     tone_hu: standard deviation of a random change of each tissue's HU, the same all over the view.
     shade_hu: standard deviation of a smooth random change over the view, of the same correlation length as the bend.
     noise_hu, blur_voxels: largest standard deviations.
@@ -63,6 +64,8 @@ class Distortion:
     rotation_degrees: float = 0.0
     bend_mm: float = 0.0
     bend_spacing_mm: float = 48.0
+    stretch_mm: float = 0.0
+    stretch_spacing_mm: float = 128.0
     tone_hu: float = 0.0
     shade_hu: float = 0.0
     noise_hu: float = 20.0
@@ -76,7 +79,7 @@ class View:
     shape_zyx: Triple
     centre_zyx_vox: np.ndarray
     matrix: np.ndarray
-    bend: SplineField | None
+    bends: tuple[SplineField, ...]
 
     def positions(self, axes: Sequence[np.ndarray]) -> np.ndarray:
         """(3, z, y, x) store positions of the grid that the three axes of view coordinates span, fp32."""
@@ -86,7 +89,7 @@ class View:
         for row in range(3):
             z, y, x = (self.matrix[row, column] * offsets[column] for column in range(3))
             grid[row] = z[:, None, None] + y[:, None] + (x + self.centre_zyx_vox[row])
-        return grid if self.bend is None else grid + self.bend.on_grid(*axes)
+        return sum((bend.on_grid(*axes) for bend in self.bends), start=grid)
 
 
 def draw_view(
@@ -102,12 +105,16 @@ def draw_view(
     zoom = np.exp((rng.uniform(low, high) + rng.uniform(low, high, 3)) / 2)
     angles = np.deg2rad(distortion.rotation_degrees) * rng.uniform(-1, 1, 3)
     matrix = _rotation(angles) @ np.diag(voxel_vox / zoom)
-    bend = None
-    if distortion.bend_mm:
-        knots = distortion.bend_spacing_mm / (spacing_mm * voxel_vox)
-        bend = random_field(rng, (-0.5,) * 3, np.array(shape_zyx) - 0.5, knots, components=3)
-        bend.coefficients[...] *= distortion.bend_mm / spacing_mm
-    return View(shape_zyx, np.asarray(centre_zyx_vox, float), matrix, bend)
+    bends = []
+    for size_mm, length_mm in (
+        (distortion.bend_mm, distortion.bend_spacing_mm),
+        (distortion.stretch_mm, distortion.stretch_spacing_mm),
+    ):
+        if size_mm:
+            knots = length_mm / (spacing_mm * voxel_vox)
+            bends.append(random_field(rng, (-0.5,) * 3, np.array(shape_zyx) - 0.5, knots, components=3))
+            bends[-1].coefficients[...] *= size_mm / spacing_mm
+    return View(shape_zyx, np.asarray(centre_zyx_vox, float), matrix, tuple(bends))
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
@@ -185,10 +192,11 @@ class EmbedderSampler:
         positions = [np.moveaxis(views[0].positions(fine_axes), 0, -1)]
         inside = [_lookup(bodies[0], positions[0])]
         second = first
-        if ids[1] != ids[0]:
+        if self.embeddings is not None and ids[1] != ids[0]:
             # From here on the first view's cells lie where the partner shows the same.
             box = np.array([positions[0].min(axis=(0, 1, 2)), positions[0].max(axis=(0, 1, 2))])
-            to_partner = partner_map(*map(self.embeddings, ids), 2.0 * cells + 0.5, box, _matches, rng)
+            query, key = (self.embeddings(id) for id in ids)
+            to_partner = partner_map(query, key, 2.0 * cells + 0.5, box, _matches, rng)
             positions[0], known = to_partner(positions[0])
             inside[0] &= known
             second = to_partner(first[None])[0][0]
@@ -216,10 +224,10 @@ class EmbedderSampler:
             return pairs, weights
         tried = rng.permutation(candidates)[: 8 * self.pairs]
         places, last = positions[0].reshape(-1, 3)[tried], np.array(self.grid_zyx) - 1
-        # Walk to the nearest cell of the other view: a step by the inverse matrix leaves only what the bend adds.
+        # Walk to the nearest cell of the other view: a step by the inverse matrix leaves only what the bends add.
         inverse = np.linalg.inv(views[1].matrix * self.fine_stride_zyx).T
         cells = np.broadcast_to(last / 2, places.shape).astype(int)
-        for _ in range(4):
+        for _ in range(6):
             off = places - positions[1][tuple(cells.T)]
             cells = np.clip(np.rint(cells + off @ inverse), 0, last).astype(int)
         apart_mm = spacing_mm * np.linalg.norm(places - positions[1][tuple(cells.T)], axis=1)

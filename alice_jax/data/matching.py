@@ -3,7 +3,8 @@
 The score of a key cell is the mean of the fine and the coarse cosine similarity to the query's vector, the coarse
 vectors being interpolated trilinearly to the fine grid and normalised again; the match is the cell of the highest
 score. Cells outside the body are not searched. `dense` looks at all of them, as the paper does; `search` goes down from
-cubes of 16 mm to the cells of the best parts of the best cubes and finds nearly always the same (benchmarks/mining.py).
+cubes of 16 mm to the cells of the best parts of the best cubes and finds nearly always the same (benchmarks/mining.py);
+`match` improves on both by what the neighbours of a point say.
 
 Coordinates are voxels of the store's frame, order (z, y, x), voxel centres at integers. Fine cell i covers the voxels
 [i·stride, (i + 1)·stride), so its centre is (i + ½)·stride − ½.
@@ -14,14 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alice_jax.data.consensus import consensus
 from alice_jax.data.embeddings import Embedding, EmbeddingReader, read_embedding
 from alice_jax.errors import UserError
 
 __all__ = [
     "Embedding",
     "EmbeddingReader",
+    "Found",
     "Match",
     "cell_of_points",
+    "cycle_mm",
     "dense",
     "match",
     "nearest",
@@ -39,17 +43,26 @@ SAMPLED = 8 * BEAM  # maxima from which the least of the good scores is estimate
 GROUP = 32  # queries that go down together, each looking at the nodes of all
 
 
-class Match(NamedTuple):
-    """What was found for n points.
+class Found(NamedTuple):
+    """Where n points are in the key scan, each searched alone: points_zyx_vox (n, 3) float, scores (n,) in [−1, 1]."""
 
-    points_zyx_vox: (n, 3) float, in the key scan.
+    points_zyx_vox: np.ndarray
+    scores: np.ndarray
+
+
+class Match(NamedTuple):
+    """Where n points are in the key scan, and how far that can be trusted.
+
+    points_zyx_vox: (n, 3) float.
     scores: (n,) float in [−1, 1].
-    cycle_mm: (n,) float, how far from a point its match is matched back to; NaN where that was not asked for.
+    cycle_mm: (n,) float, how far from a point the search back from its match ends.
+    agreeing: (n,) float in [0, 1], the share of its neighbours' weight that agrees.
     """
 
     points_zyx_vox: np.ndarray
     scores: np.ndarray
     cycle_mm: np.ndarray
+    agreeing: np.ndarray
 
 
 def cell_of_points(points_zyx_vox: np.ndarray, stride_zyx_vox: Triple, grid_zyx: Triple) -> np.ndarray:
@@ -94,28 +107,32 @@ def nearest(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarra
     return index, best
 
 
-def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, *, cycle: bool = True) -> Match:
-    """The project's matcher: where the points (n, 3) of `query` are in `key`, and whether they are found from there.
+def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match:
+    """The project's matcher: where the points (n, 3) of `query` are in `key`, and how far that can be trusted.
 
-    Args:
-      cycle: match back for `cycle_mm`; costs as much again.
+    Each point is searched alone, what its neighbours agree on takes the place of that (see `consensus`), and a search
+    back from there tells whether it leads to where it began.
 
     Raises:
       UserError: the embeddings are of different embedders, or one holds no body.
 
     Example:
       found = match(reader("a"), points_zyx_vox, reader("b"))
-      reliable = found.points_zyx_vox[found.cycle_mm < 10]
+      reliable = found.points_zyx_vox[(found.cycle_mm < 10) & (found.agreeing > 0.2)]
     """
-    found = search(query, points_zyx_vox, key)
-    if not cycle:
-        return found
-    back = search(key, found.points_zyx_vox, query)
-    off_zyx_mm = (back.points_zyx_vox - points_zyx_vox) * query.codec.spacing_zyx_mm
-    return found._replace(cycle_mm=np.linalg.norm(off_zyx_mm, axis=1))
+    alone = search(query, points_zyx_vox, key).points_zyx_vox
+    points, agreeing = consensus(query, np.asarray(points_zyx_vox, float), key, alone)
+    scores = np.einsum("nc,nc->n", query.vectors_at(points_zyx_vox), key.vectors_at(points)) / 2
+    return Match(points, scores, cycle_mm(query, points_zyx_vox, key, points), agreeing)
 
 
-def dense(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = False) -> Match:
+def cycle_mm(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, found_zyx_vox: np.ndarray) -> np.ndarray:
+    """(n,) how far from points (n, 3) of `query` the search back from their matches (n, 3) in `key` ends."""
+    back = search(key, found_zyx_vox, query).points_zyx_vox
+    return np.linalg.norm((back - points_zyx_vox) * query.codec.spacing_zyx_mm, axis=1)
+
+
+def dense(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell: bool = False) -> Found:
     """Every body cell of `key` is compared with every point (n, 3), in fp32, as in the paper.
 
     Args:
@@ -134,7 +151,7 @@ def dense(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, subcell:
     return _found(cells + peaks, scores, key)
 
 
-def search(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match:
+def search(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Found:
     """The match of each point (n, 3) without looking at the whole of `key`; points near each other cost the least.
 
     All cubes of the key are compared by their mean vectors, then the parts of the `BEAM` best of each point, and so on
@@ -163,9 +180,9 @@ def _comparable(query: Embedding, key: Embedding) -> None:
         )
 
 
-def _found(cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> Match:
+def _found(cells_zyx: np.ndarray, scores: np.ndarray, key: Embedding) -> Found:
     points = points_of_cells(cells_zyx, key.codec.fine.stride_zyx_vox, key.shape_zyx)
-    return Match(points, scores, np.full(len(scores), np.nan))
+    return Found(points, scores)
 
 
 # ---------------------------------------------------------------- down the octree

@@ -234,11 +234,10 @@ class PairSampler:
         while done < len(points):
             batch = points[done : 2 * done + 1]
             done += len(batch)
-            found = matching.match(a, batch, b, cycle=False)
+            found = matching.search(a, batch, b)
             cycles_mm = np.full(len(batch), np.nan)
             if (high := found.scores > self.threshold).any():
-                back = matching.match(b, found.points_zyx_vox[high], a, cycle=False).points_zyx_vox
-                cycles_mm[high] = np.linalg.norm((back - batch[high]) * scan.spacing_zyx_mm, axis=1)
+                cycles_mm[high] = matching.cycle_mm(a, batch[high], b, found.points_zyx_vox[high])
             for point, match, score, cycle_mm in zip(batch, found.points_zyx_vox, found.scores, cycles_mm, strict=True):
                 key_point = np.rint(match).astype(int)
                 yield Pair(query, key, point, key_point, float(score), float(cycle_mm), fallback=fallback)
