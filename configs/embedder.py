@@ -150,7 +150,8 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "small":
         config.steps = 600
     if variant == "across":
-        config.steps = 400
-        config.optimizer.lr = 4e-3
+        config.steps = 600
+        config.optimizer.lr = 5e-3
         config.views.partner_share = 0.5
+        config.views.stretch_mm = 16.0
     return config.lock()
