@@ -1,13 +1,14 @@
 """The built-in cohort: phantom patients, an embedder trained on them and their embeddings, made once in a cache.
 
-    CACHE/store/          patients to pretrain on, with embeddings
-    CACHE/unseen/         patients that nothing is trained on, with embeddings, for judging matches
-    CACHE/embedder/       the workdir of the embedder
-    CACHE/matching.json   its errors on the unseen patients, beside those of the relative-position baseline
+    CACHE/store/               patients to pretrain on, with embeddings
+    CACHE/unseen/              patients that nothing is trained on, with embeddings, for judging matches
+    CACHE/embedder-RECIPE/     the workdir of the embedder; RECIPE names its configuration and the format of embeddings
+    CACHE/matching-RECIPE.json its errors on the unseen patients, beside those of the relative-position baseline
 
-Every part resumes, so an interrupted build goes on where it stopped.
+Every part resumes, so an interrupted build goes on where it stopped, and another recipe starts a new embedder.
 """
 
+import hashlib
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alice_jax.data import phantom
+from alice_jax.data.codec import FORMAT
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
@@ -56,27 +58,30 @@ def embedded_patients(train: Callable[[ConfigDict, str], int]) -> str:
     store = patients()
     if os.path.exists(_matching()):
         return store
-    if not EMBEDDER.exists():
-        raise UserError(f"{EMBEDDER}: not found; the built-in cohort needs a clone of the project, or set data.store")
     say("making its embeddings, once: training the tiny embedder")
     from alice_jax import embed, evaluate  # here, since only this step needs them
 
-    config = runpy.run_path(str(EMBEDDER))["get_config"]("tiny")
+    config = _recipe()
     with config.unlocked():
         config.data.store = store
-    workdir, unseen = (os.path.join(root(), name) for name in ("embedder", "unseen"))
-    code = train(config, workdir)
+    code = train(config, _workdir())
     if code:
         sys.exit(code)
-    embedder = embed.restore(workdir)
+    trained, unseen = embed.restore(_workdir()), os.path.join(root(), "unseen")
     for path in (store, unseen):
-        embed.embed_store(phantom.write_cohort(path, UNSEEN) if path == unseen else Store.open(path), embedder)
+        embed.embed_store(phantom.write_cohort(path, UNSEEN) if path == unseen else Store.open(path), trained)
     judged = Store.open(unseen)
     errors_mm = evaluate.matching_errors(judged, judged.ids(), POINTS, np.random.default_rng(0))
     with open(f"{_matching()}.partial", "w", encoding="utf-8") as file:
         json.dump({name: values.tolist() for name, values in errors_mm.items()}, file)
     os.replace(f"{_matching()}.partial", _matching())
     return store
+
+
+def embedder(train: Callable[[ConfigDict, str], int]) -> str:
+    """The workdir of the embedder of the cohort, after making what is missing."""
+    embedded_patients(train)
+    return _workdir()
 
 
 def matching_summary() -> str:
@@ -88,8 +93,23 @@ def matching_summary() -> str:
     return f"{len(UNSEEN)} unseen patients, {len(UNSEEN) * POINTS} points\n{evaluate.table(errors_mm)}"
 
 
+def _recipe() -> ConfigDict:
+    if not EMBEDDER.exists():
+        raise UserError(f"{EMBEDDER}: not found; the built-in cohort needs a clone of the project, or set data.store")
+    return runpy.run_path(str(EMBEDDER))["get_config"]("tiny")
+
+
+def _recipe_name() -> str:
+    text = json.dumps([FORMAT, _recipe().to_dict()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _workdir() -> str:
+    return os.path.join(root(), f"embedder-{_recipe_name()}")
+
+
 def _matching() -> str:
-    return os.path.join(root(), "matching.json")
+    return os.path.join(root(), f"matching-{_recipe_name()}.json")
 
 
 def _ids(path: str) -> list[str]:

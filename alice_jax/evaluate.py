@@ -31,7 +31,7 @@ LABELS = {
     "baseline": "relative position",
     "dense": "dense, as in the paper",
     "match": "matcher",
-    "returned": f"matcher, cycle ≤ {WITHIN_MM:.0f} mm",
+    "trusted": "matcher, where trusted",
 }
 
 
@@ -44,20 +44,20 @@ class Answers:
       pairs: of scans.
       errors_mm: (n,) by method; NaN where the true place is unknown.
       same_organ: (n,) by method, 1 where the match lies in the organ that it should, else 0; NaN where nobody asked.
-      cycle_mm: (n,) of the matcher.
+      trusted: (n,) whether the matcher trusts itself.
     """
 
     names: np.ndarray
     pairs: int
     errors_mm: dict[str, np.ndarray]
     same_organ: dict[str, np.ndarray]
-    cycle_mm: np.ndarray
+    trusted: np.ndarray
 
 
 def answer(
     store: Store, reader: matching.EmbeddingReader, pair: tuple[str, str], questions: Questions
 ) -> dict[str, np.ndarray]:
-    """The places (n, 3) that each method finds in the key, and the cycle errors of the matcher."""
+    """The places (n, 3) that each method finds in the key, and whether the matcher trusts itself."""
     query, key = (reader(id) for id in pair)
     boxes = [np.array(store.scan(id).foreground_box_zyx_vox) for id in pair]
     points = questions.points_zyx_vox
@@ -66,7 +66,7 @@ def answer(
         "baseline": matching.relative_position(points, *boxes),
         "dense": matching.dense(query, points, key, subcell=False).points_zyx_vox,
         "match": found.points_zyx_vox,
-        "cycle_mm": found.cycle_mm,
+        "trusted": found.trusted,
     }
 
 
@@ -75,7 +75,7 @@ def measure(store: Store, truth: Truth, pairs: Sequence[tuple[str, str]]) -> Ans
     if not pairs:
         raise UserError(f"store {store.path}: no two of these scans share a landmark or organ; choose others by --only")
     reader = matching.EmbeddingReader(store)
-    names, cycles = [], []
+    names, trusted = [], []
     errors: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
     same: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
     for pair in tqdm(pairs, desc="Matching", unit="pair", file=sys.stderr):
@@ -84,7 +84,7 @@ def measure(store: Store, truth: Truth, pairs: Sequence[tuple[str, str]]) -> Ans
         spacing = np.array(store.scan(pair[1]).spacing_zyx_mm)
         asked = questions.organs != ""
         names.append(questions.names)
-        cycles.append(found["cycle_mm"])
+        trusted.append(found["trusted"])
         for method in METHODS:
             errors[method].append(np.linalg.norm((found[method] - questions.truth_zyx_vox) * spacing, axis=1))
             hits = np.full(len(asked), np.nan)
@@ -93,7 +93,7 @@ def measure(store: Store, truth: Truth, pairs: Sequence[tuple[str, str]]) -> Ans
             same[method].append(hits)
     join = {name: np.concatenate(value) for name, value in errors.items()}
     hits_of = {name: np.concatenate(value) for name, value in same.items()}
-    return Answers(np.concatenate(names), len(pairs), join, hits_of, np.concatenate(cycles))
+    return Answers(np.concatenate(names), len(pairs), join, hits_of, np.concatenate(trusted))
 
 
 def matching_errors(store: Store, ids: Sequence[str], n_points: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -138,17 +138,17 @@ def summary(errors_mm: np.ndarray, same_organ: np.ndarray | None = None) -> dict
 def summaries(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
     """{row: {method: summary}}; the rows are the landmarks or organs and at last "all".
 
-    The method "returned" is the matcher where its cycle error is at most 10 mm; its "share" tells how often.
+    The method "trusted" is the matcher where it trusts itself; its "share" tells how often.
     """
     rows = {}
     for name in [*dict.fromkeys(sorted(answers.names)), "all"]:
         chosen = answers.names == name if name != "all" else np.full(len(answers.names), True)
-        back = chosen & (answers.cycle_mm <= WITHIN_MM)
+        kept = chosen & answers.trusted
         rows[name] = {
             method: summary(answers.errors_mm[method][chosen], answers.same_organ[method][chosen]) for method in METHODS
         }
-        returned = summary(answers.errors_mm["match"][back], answers.same_organ["match"][back])
-        rows[name]["returned"] = returned | {"share": round(float(back.sum() / max(chosen.sum(), 1)), 3)}
+        judged = summary(answers.errors_mm["match"][kept], answers.same_organ["match"][kept])
+        rows[name]["trusted"] = judged | {"share": round(float(kept.sum() / max(chosen.sum(), 1)), 3)}
     return rows
 
 
@@ -165,12 +165,12 @@ def report(kind: str, answers: Answers) -> str:
     if len(rows) > 2:
         columns = f"{'median':>10}{'p95':>6}{'≤10':>6}" + (f"{'organ':>7}" if organs else "")
         titles = "".join(f"   {LABELS[m].split(',')[0]:<{len(columns) - 3}}" for m in METHODS)
-        lines += [f"{'':<26}{titles}", f"{'':<20}{'points':>6}{columns * len(METHODS)}{'return':>9}"]
+        lines += [f"{'':<26}{titles}", f"{'':<20}{'points':>6}{columns * len(METHODS)}{'trusted':>9}"]
         lines += [_row(name, row, organs) for name, row in rows.items() if name != "all"]
     lines += [_header("all") + (f"{'same organ':>12}" if organs else "")]
     for method, values in rows["all"].items():
         line = _line(method, values) + (_cell(values.get("same_organ"), "{:.0%}", 12) if organs else "")
-        lines.append(line + (f"   ({values['share']:.0%} return)" if method == "returned" else ""))
+        lines.append(line + (f"   ({values['share']:.0%} trusted)" if method == "trusted" else ""))
     return "\n".join(lines)
 
 
@@ -181,7 +181,7 @@ def _row(name: str, row: dict[str, dict[str, float]], organs: bool) -> str:
         parts += [_cell(values["median_mm"], "{:.1f}", 10), _cell(values["p95_mm"], "{:.1f}", 6)]
         parts.append(_cell(values["within_10_mm"], "{:.0%}", 6))
         parts += [_cell(values.get("same_organ"), "{:.0%}", 7)] if organs else []
-    return "".join(parts) + _cell(row["returned"]["share"], "{:.0%}", 9)
+    return "".join(parts) + _cell(row["trusted"]["share"], "{:.0%}", 9)
 
 
 def _header(title: str) -> str:

@@ -4,7 +4,8 @@
     python -m alice_jax.match --from ID --points points.csv --to ID --store DIR --results found.csv
 
 Prints the matched place in B, in world millimetres and as voxel of its file, with the score, the cycle error (how far
-from the point its match is matched back to) and whether to trust it, and writes a picture of both. Files are any that
+from the point the search back from its match ends), how much of its surroundings agrees, and whether to trust it, and
+writes a picture of both. Files are any that
 `alice_jax.prepare` reads, DICOM folders included; with --store they are ids of embedded scans. Numbers are world
 millimetres (RAS, as nibabel, ITK-SNAP and 3D Slicer show them) unless --lps or --voxel says otherwise.
 """
@@ -34,7 +35,6 @@ from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.reporting import figures, planes
 
-TRUSTED_SCORE, TRUSTED_MM = 0.7, 10.0
 MOST_ROWS = 12  # points in a picture
 
 
@@ -45,8 +45,7 @@ class Transfer:
     Attributes:
       asked, found: places in either scan, in RAS millimetres and in voxels (i, j, k) of its file.
       query_zyx_vox, key_zyx_vox: (n, 3) the same in stored voxels.
-      scores: (n,) cosine similarity from −1 to 1.
-      cycle_mm: (n,) distance between the point and what its match is matched back to.
+      match: the scores, cycle errors and agreement of the neighbours, (n,) each, and whether to trust them.
     """
 
     query: Scan
@@ -55,21 +54,17 @@ class Transfer:
     found: Points
     query_zyx_vox: np.ndarray
     key_zyx_vox: np.ndarray
-    scores: np.ndarray
-    cycle_mm: np.ndarray
-
-    @property
-    def trusted(self) -> np.ndarray:
-        """(n,) bool: similar enough, and it comes back."""
-        return (self.scores >= TRUSTED_SCORE) & (self.cycle_mm <= TRUSTED_MM)
+    match: matching.Match
 
     def verdict(self, index: int) -> str:
         """What to think of a match, in a few words."""
         doubts = []
-        if not self.scores[index] >= TRUSTED_SCORE:
-            doubts.append(f"score below {TRUSTED_SCORE:g}")
-        if not self.cycle_mm[index] <= TRUSTED_MM:
-            doubts.append(f"cycle error above {TRUSTED_MM:g} mm")
+        if not self.match.scores[index] >= matching.TRUSTED_SCORE:
+            doubts.append(f"score below {matching.TRUSTED_SCORE:g}")
+        if not self.match.cycle_mm[index] <= matching.TRUSTED_CYCLE_MM:
+            doubts.append(f"cycle error above {matching.TRUSTED_CYCLE_MM:g} mm")
+        if not self.match.agreeing[index] >= matching.TRUSTED_AGREEING:
+            doubts.append(f"less than {matching.TRUSTED_AGREEING:.0%} of its surroundings agree")
         return f"doubtful ({', '.join(doubts)})" if doubts else "trusted"
 
 
@@ -82,7 +77,7 @@ def embedded(files: Mapping[str, str | os.PathLike], workdir: str) -> Store:
     Example:
       store = match.embedded({"before": "A.nii.gz", "after": "B.nii.gz"}, "runs/embedder")
       found = match.transfer(store, "before", [[12.5, -40, 310]], "after")
-      found.found.world_ras_mm, found.found.voxel_ijk, found.scores, found.cycle_mm, found.trusted
+      found.found.world_ras_mm, found.found.voxel_ijk, found.match.scores, found.match.trusted
     """
     embedder = embed.restore(workdir)
     store = _read(files, embedder.spacing_mm)
@@ -121,7 +116,7 @@ def transfer(store: Store, query: str, points: Points | Any, key: str, *, voxel:
     found = matching.match(reader(query), at, reader(key))
     asked = point_files.describe(at, scans[0])._replace(names=points.names)
     places = point_files.describe(found.points_zyx_vox, scans[1])._replace(names=points.names)
-    return Transfer(*scans, asked, places, at, found.points_zyx_vox, found.scores, found.cycle_mm)
+    return Transfer(*scans, asked, places, at, found.points_zyx_vox, found)
 
 
 def locate(store: Store, id: str, points: Points) -> np.ndarray:
@@ -148,7 +143,7 @@ def draw(store: Store, result: Transfer, names: tuple[str, str] | None = None) -
     Args:
       names: of the two scans, by default their ids.
     """
-    rows = min(len(result.scores), MOST_ROWS)
+    rows = min(len(result.match.scores), MOST_ROWS)
     sheet = planes.Sheet(rows, planes.fitting_field_mm([result.query, result.key], least=200, most=420))
     names = names or (result.query.id, result.key.id)
     for row in range(rows):
@@ -158,11 +153,11 @@ def draw(store: Store, result: Transfer, names: tuple[str, str] | None = None) -
                 panel, cut = (row, 3 * side + i), planes.window(scan, plane, point, sheet.field_mm)
                 sheet.show(*panel, planes.read(store, scan.id, cut), cut)
                 sheet.cross(*panel, cut, point)
-        title = result.asked.names[row] + "   " if len(result.scores) > 1 else ""
+        title = result.asked.names[row] + "   " if len(result.match.scores) > 1 else ""
         sheet.heading(row, 0, f"{title}{names[0]}"[-48:], bold=True)
         sheet.heading(row, 3, names[1][-30:], bold=True)
-        words = f"score {result.scores[row]:.2f} · cycle {result.cycle_mm[row]:.0f} mm"
-        if result.trusted[row]:
+        words = f"score {result.match.scores[row]:.2f} · cycle {result.match.cycle_mm[row]:.0f} mm"
+        if result.match.trusted[row]:
             sheet.note(row, f"{words} · trusted")
         else:
             sheet.note(row, f"{words} · doubtful", figures.WARNING_ON_SCREEN)
@@ -183,7 +178,9 @@ def lines(result: Transfer, names: tuple[str, str], lps: bool = False) -> list[s
             mm = ", ".join(f"{v:.1f}" for v in where.world_ras_mm[n] * (FLIP if lps else 1))
             ijk = ", ".join(f"{v:.0f}" for v in where.voxel_ijk[n])
             text.append(f"{word:<6}({mm}) mm {'LPS' if lps else 'RAS'} = voxel ({ijk}) of {file}")
-        text.append(f"score {result.scores[n]:.2f}, cycle error {result.cycle_mm[n]:.1f} mm: {result.verdict(n)}")
+        match = result.match
+        numbers = f"score {match.scores[n]:.2f}, cycle error {match.cycle_mm[n]:.1f} mm, {match.agreeing[n]:.0%} agree"
+        text.append(f"{numbers}: {result.verdict(n)}")
     return text
 
 
@@ -197,8 +194,9 @@ def records(result: Transfer, lps: bool = False) -> list[dict[str, Any]]:
             mm = where.world_ras_mm[n] * (FLIP if lps else 1)
             record |= {prefix + axis: round(float(v), 2) for axis, v in zip("xyz", mm, strict=True)}
             record |= {prefix + axis: round(float(v), 2) for axis, v in zip("ijk", where.voxel_ijk[n], strict=True)}
-        record |= {"score": round(float(result.scores[n]), 4), "cycle_mm": round(float(result.cycle_mm[n]), 2)}
-        table.append(record | {"trusted": bool(result.trusted[n])})
+        match = result.match
+        record |= {"score": round(float(match.scores[n]), 4), "cycle_mm": round(float(match.cycle_mm[n]), 2)}
+        table.append(record | {"agreeing": round(float(match.agreeing[n]), 3), "trusted": bool(match.trusted[n])})
     return table
 
 
@@ -249,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(lines(result, names, args.lps)))
     out = Path(args.out or f"match_{_file_name(names[0])}_to_{_file_name(names[1])}.png")
     _write(out, draw(store, result, names), "--out")
-    left = len(result.scores) - MOST_ROWS
+    left = len(result.match.scores) - MOST_ROWS
     print(f"picture: {out}" + (f" (the first {MOST_ROWS} points)" if left > 0 else ""))
     if args.results:
         _write_results(Path(args.results), result, args.lps)
@@ -287,11 +285,8 @@ def _check_embedder(store: Store, workdir: str) -> None:
 
 def _builtin_workdir() -> str:
     """The embedder of the built-in cohort, made if it is missing."""
-    workdir = os.path.join(builtin.root(), "embedder")
-    print(f"no --workdir: using the built-in embedder in {workdir}, which has only seen phantoms", file=sys.stderr)
-    if not os.path.exists(os.path.join(builtin.root(), "matching.json")):  # written last
-        builtin.embedded_patients(train.run)
-    return workdir
+    print("no --workdir: using the embedder of the built-in cohort, which has only seen phantoms", file=sys.stderr)
+    return builtin.embedder(train.run)
 
 
 def _short_names(first: str, second: str) -> tuple[str, str]:

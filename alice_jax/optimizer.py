@@ -61,8 +61,6 @@ def held(make_inner, steps: int) -> optax.GradientTransformation:
     Args:
       make_inner: builds the inner transformation from an offset that its schedules must add to their count.
     """
-    if steps == 0:
-        return make_inner(0)
     return optax.conditionally_mask(make_inner(steps), lambda count: count >= steps)
 
 

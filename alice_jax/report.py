@@ -51,7 +51,9 @@ def preview(store: Store, only: Sequence[str] = (), seed: int = 0) -> Samples:
       samples = preview(store)
       png = draw_pairs(store, first_pairs(samples, 6), CROP_SHAPE_ZYX)
     """
-    scan_ids = tuple(dict.fromkeys(only)) or tasks.split(store.ids(), VALIDATION_FRACTION, at_least=2)[0]
+    ids = store.ids()
+    patients = {id: store.scan(id).patient for id in ids}
+    scan_ids = tuple(dict.fromkeys(only)) or tasks.split(ids, VALIDATION_FRACTION, 2, patients)[0]
     sampler = PairSampler(store, EmbeddingReader(store), scan_ids, CROP_SHAPE_ZYX, MASK_GRID)
     return Samples(sampler, len(scan_ids), seed, global_batch=1, steps=ENDLESS)
 

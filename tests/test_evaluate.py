@@ -70,11 +70,11 @@ def test_command_prints_tables_and_writes_json(cohort, tmp_path, capsys):
     numbers = json.loads(out.read_text())
     assert set(numbers) == {"known points", "organs"}
     everything = numbers["known points"]["rows"]["all"]
-    assert list(everything) == ["baseline", "dense", "match", "returned"] and everything["match"]["points"] == 120
+    assert list(everything) == ["baseline", "dense", "match", "trusted"] and everything["match"]["points"] == 120
     assert everything["match"]["median_mm"] < everything["baseline"]["median_mm"]
     assert everything["match"]["same_organ"] > everything["baseline"]["same_organ"]
-    returned = everything["returned"]
-    assert returned["points"] == round(120 * returned["share"]) and returned["within_10_mm"] > 0.8
+    trusted = everything["trusted"]
+    assert trusted["points"] == round(120 * trusted["share"]) and trusted["within_10_mm"] > 0.8
     assert sum(row["match"]["points"] for row in numbers["known points"]["rows"].values()) == 240  # "all" and its parts
     liver = numbers["organs"]["rows"]["liver"]["match"]
     assert liver["median_mm"] < 15 and liver["same_organ"] > 0.8

@@ -144,7 +144,10 @@ def test_another_patient(tmp_path):
     want_ras = store.to_world(b.id, truth) * (-1, -1, 1)
     assert np.median(np.linalg.norm(result.found.world_ras_mm - want_ras, axis=1)) < 6
     np.testing.assert_allclose(result.asked.world_ras_mm, world_ras)
-    assert result.trusted.tolist() == ((result.scores >= 0.7) & (result.cycle_mm <= 10)).tolist()
+    assert result.match.trusted.tolist() == [
+        score >= 0.7 and cycle_mm <= 10 and agreeing >= 0.2
+        for score, cycle_mm, agreeing in zip(*result.match[1:], strict=True)
+    ]
     assert match.draw(store, result).startswith(b"\x89PNG")
 
 
@@ -170,7 +173,7 @@ def test_command_prints_and_draws(files, places, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["frame"] == "RAS" and set(found["points"][0]) == {
         "name", "x", "y", "z", "i", "j", "k", "from_x", "from_y", "from_z", "from_i", "from_j", "from_k", "score",
-        "cycle_mm", "trusted",
+        "cycle_mm", "agreeing", "trusted",
     }  # fmt: skip
     np.testing.assert_allclose([found["points"][0][axis] for axis in "xyz"], places[0], atol=SPACING)
 

@@ -38,6 +38,7 @@ __all__ = [
 Triple = tuple[int, int, int]
 EPSILON = 1e-12
 SLAB_CELLS = 16384  # keys searched at once: 4 MB, and the scores of 64 queries another 4 MB
+TRUSTED_SCORE, TRUSTED_CYCLE_MM, TRUSTED_AGREEING = 0.7, 10.0, 0.2
 BEAM = 16  # nodes of each level that a query goes down to
 SAMPLED = 8 * BEAM  # maxima from which the least of the good scores is estimated
 GROUP = 32  # queries that go down together, each looking at the nodes of all
@@ -63,6 +64,13 @@ class Match(NamedTuple):
     scores: np.ndarray
     cycle_mm: np.ndarray
     agreeing: np.ndarray
+
+    @property
+    def trusted(self) -> np.ndarray:
+        """(n,) bool: similar enough, found from there again, and not alone."""
+        return (
+            (self.scores >= TRUSTED_SCORE) & (self.cycle_mm <= TRUSTED_CYCLE_MM) & (self.agreeing >= TRUSTED_AGREEING)
+        )
 
 
 def cell_of_points(points_zyx_vox: np.ndarray, stride_zyx_vox: Triple, grid_zyx: Triple) -> np.ndarray:
@@ -118,7 +126,7 @@ def match(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> Match
 
     Example:
       found = match(reader("a"), points_zyx_vox, reader("b"))
-      reliable = found.points_zyx_vox[(found.cycle_mm < 10) & (found.agreeing > 0.2)]
+      reliable = found.points_zyx_vox[found.trusted]
     """
     alone = search(query, points_zyx_vox, key).points_zyx_vox
     points, agreeing = consensus(query, np.asarray(points_zyx_vox, float), key, alone)
