@@ -7,6 +7,7 @@ import pytest
 from builders import make_scan, noise_store
 
 from alice_jax.data import matching, views
+from alice_jax.data.consensus import Consensus
 from alice_jax.data.store import Store
 
 SHAPE = (40, 36, 44)
@@ -39,6 +40,7 @@ class Scores:
 
     def __init__(self):
         self.scores, self.back_mm, self.partners, self.rounds = [], [], [], []
+        self.moved_vox = 0.0
 
     def give(self, scores, back_mm=()):
         self.scores += scores
@@ -50,6 +52,9 @@ class Scores:
             self.partners.append(key)
         return matching.Found(np.asarray(points, float), np.array([self.scores.pop(0) for _ in points]))
 
+    def consensus(self, query, points, key, found):
+        return Consensus(found + self.moved_vox, np.ones(len(points)))
+
     def cycle_mm(self, query, points, key, found):
         return np.array([self.back_mm.pop(0) if self.back_mm else 0.0 for _ in points])
 
@@ -59,6 +64,7 @@ def scores(monkeypatch):
     given = Scores()
     monkeypatch.setattr(views.matching, "search", given.search)
     monkeypatch.setattr(views.matching, "cycle_mm", given.cycle_mm)
+    monkeypatch.setattr(views, "consensus", given.consensus)
     return given
 
 
@@ -70,6 +76,16 @@ def test_first_match_above_the_threshold_is_kept(sampler, scores):
     scores.give([0.1, 0.8, 0.9])
     pair = sampler.mine(0, rng(), sampler.embeddings)
     assert (pair.score, pair.redraws, pair.weak) == (0.8, 1, False)
+
+
+def test_the_chosen_match_goes_where_its_neighbours_put_it(sampler, scores):
+    scores.give([0.8])
+    plain = sampler.mine(0, rng(), sampler.embeddings)
+    scores.give([0.8])
+    scores.moved_vox = np.array([3.0, -2.0, 1.0])
+    moved = sampler.mine(0, rng(), sampler.embeddings)
+    np.testing.assert_array_equal(moved.query_point_zyx_vox, plain.query_point_zyx_vox)
+    np.testing.assert_array_equal(moved.key_point_zyx_vox, plain.key_point_zyx_vox + [3, -2, 1])
 
 
 def test_after_failures_another_partner_is_tried(sampler, scores):

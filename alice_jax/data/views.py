@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from alice_jax.data import masks, matching
+from alice_jax.data.consensus import consensus
 from alice_jax.data.partners import Partners, origins
 from alice_jax.data.store import Store
 
@@ -191,14 +192,22 @@ class PairSampler:
             for _ in range(0, self.tries, self.tries_per_partner):
                 for pair in self._tries(query, rng, embeddings, keys):
                     if self.accepts(pair):
-                        return dataclasses.replace(pair, redraws=tried)
+                        return self._refined(dataclasses.replace(pair, redraws=tried), embeddings)
                     tried += 1
                     best = pair if best is None or self._worth(pair) > self._worth(best) else best
                     if rejected is not None:
                         rejected.append(pair)
         assert best is not None
         weight = self.weak_weight if self.weak == "down-weight" else 1.0
-        return dataclasses.replace(best, redraws=tried - 1, weak=True, weight=weight)
+        best = dataclasses.replace(best, redraws=tried - 1, weak=True, weight=weight)
+        return self._refined(best, embeddings)
+
+    def _refined(self, pair: Pair, embeddings: Callable[[str], matching.Embedding]) -> Pair:
+        """With the key's point where the neighbours of the query's point put it."""
+        query, key = (embeddings(self.scan_ids[scan]) for scan in (pair.query, pair.key))
+        points = np.stack([pair.query_point_zyx_vox, pair.key_point_zyx_vox])[:, None].astype(float)
+        moved = consensus(query, points[0], key, points[1]).points_zyx_vox[0]
+        return dataclasses.replace(pair, key_point_zyx_vox=np.rint(moved).astype(int))
 
     def accepts(self, pair: Pair) -> bool:
         """Whether the score is high enough and the match leads back to the query's point."""
