@@ -85,7 +85,7 @@ def test_the_chosen_match_goes_where_its_neighbours_put_it(sampler, scores):
     scores.moved_vox = np.array([3.0, -2.0, 1.0])
     moved = sampler.mine(0, rng(), sampler.embeddings)
     np.testing.assert_array_equal(moved.query_point_zyx_vox, plain.query_point_zyx_vox)
-    np.testing.assert_array_equal(moved.key_point_zyx_vox, plain.key_point_zyx_vox + [3, -2, 1])
+    np.testing.assert_array_equal(moved.key_point_zyx_vox, plain.key_point_zyx_vox + scores.moved_vox)
 
 
 def test_after_failures_another_partner_is_tried(sampler, scores):
