@@ -270,9 +270,10 @@ def start_values(path: str, network: Embedder) -> dict[str, Any]:
     """Weights to start an embedder from: those of another run's workdir, or of a PyTorch file."""
     if not os.path.isdir(path):
         return embedder_weights.load(path, network)
-    config, state = checkpoint.restore_arrays(path)
+    config = checkpoint.read_config(path) or {}
     if config.get("objective") != "embedder" or embedder_network(config["model"], network.dtype) != network:
         raise UserError(f"init_from {path}: not a run of this embedder; give the workdir of one with the same model.*")
+    _, state = checkpoint.restore_arrays(path)
     return {"params": state["params"], "batch_stats": state["extra"]["batch_stats"]}
 
 

@@ -11,6 +11,7 @@ The order of a step, on which exact resuming rests:
   3. only a state whose numbers were finite is validated or saved, and only between updates.
 """
 
+import json
 import math
 import os
 import signal
@@ -181,7 +182,8 @@ def check(config: ConfigDict) -> None:
 
 def claim(workdir: str, config: ConfigDict) -> None:
     """Writes the configuration into a new workdir; refuses one that holds another run."""
-    mine, theirs = flat(config.to_dict()), flat(checkpoint.read_config(workdir) or {})
+    mine = flat(json.loads(json.dumps(config.to_dict())))  # with lists for tuples, as it is read back
+    theirs = flat(checkpoint.read_config(workdir) or {})
     differing = [name for name in mine if theirs and mine[name] != theirs.get(name) and name not in MAY_CHANGE]
     if differing:
         changes = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in differing[:3])
@@ -190,13 +192,13 @@ def claim(workdir: str, config: ConfigDict) -> None:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": (1,)}} as {"a.b": [1]}, with JSON's types."""
+    """{"a": {"b": [1]}} as {"a.b": [1]}."""
     items: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             items |= flat(value, f"{prefix}{name}.")
         else:
-            items[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+            items[f"{prefix}{name}"] = value
     return items
 
 

@@ -1,5 +1,7 @@
 """The embedder's network, names, views and objective."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from test_matching import add_scan, make_store
 
 from alice_jax import tasks, train_state
-from alice_jax.data import embeddings
+from alice_jax.data import embedder_views, embeddings
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler, block_mean, draw_view, network_input
 from alice_jax.data.store import Scan
 from alice_jax.errors import UserError
@@ -193,6 +195,41 @@ def test_network_input_and_block_mean():
     np.testing.assert_allclose(block_mean(block, 2), [[[6.5, 8.5]]])
 
 
+def test_a_partner_shows_the_same_place_where_the_matches_put_it(tmp_path, monkeypatch):
+    shape, shift_vox = (40, 48, 56), np.array([0, 0, 6.0])
+    store = make_store(tmp_path / "two")
+    x = np.broadcast_to(np.arange(shape[2]), shape)
+    for name, first in (("a", -300), ("b", -360)):  # in b everything lies 6 voxels, 60 HU, farther along x
+        add_scan(store, name, shape)
+        store.write_scan(store.scan(name), (first + 10 * x).astype(np.int16), np.ones((20, 24, 28), bool))
+    codec = types.SimpleNamespace(spacing_zyx_mm=(2.0, 2.0, 2.0))
+    monkeypatch.setattr(
+        embedder_views, "_matches", lambda query, points, key: points + shift_vox * (1 if query.id == "a" else -1)
+    )
+    draw = sampler(
+        store,
+        reduce=1,
+        shape_zyx=(16, 32, 32),
+        window_hu=(-1000, 1000),
+        distortion=Distortion(scale=(0.9, 1.1), noise_hu=0, blur_voxels=0),
+        partner_share=1.0,
+        embeddings=lambda id: types.SimpleNamespace(id=id, codec=codec),
+    )
+    sample = draw(0, np.random.default_rng(0))
+    found = int(sample["weights"].sum())
+    assert found > 10
+    places = [sample["positions_mm"][i].reshape(-1, 3)[sample["pairs"][i, :found]] for i in range(2)]
+    assert np.linalg.norm(places[0] - places[1], axis=1).max() <= 4.0
+    seen = [
+        sample["volumes"][i, ..., 0].reshape(16, 16, 2, 16, 2).mean(axis=(2, 4)).ravel()[sample["pairs"][i, :found]]
+        for i in range(2)
+    ]
+    hu = [(values + 50) / 255 * 2000 - 1000 for values in seen]
+    inside = (places[0][:, 2] > 16) & (places[0][:, 2] < 96)  # clear of the borders of both scans
+    assert inside.sum() > 5
+    np.testing.assert_allclose(hu[0][inside], hu[1][inside], atol=25)  # 4 mm are 20 HU; unmapped it would be 60
+
+
 # ---------------------------------------------------------------- objective
 
 
@@ -319,7 +356,7 @@ def test_a_zero_weight_is_not_computed():
 
 def test_configurations_build(tmp_path):
     store = ramp_store(tmp_path)
-    for variant in ("", "tiny"):
+    for variant in ("", "tiny", "small"):
         config = config_file.get_config(variant)
         task = tasks.make(config, store)
         assert task.scans == ("ramp",) and not task.validation_scans
@@ -337,6 +374,9 @@ def test_configurations_build(tmp_path):
         ("data.spacing_mm", 3.0),
         ("views.shape_zyx", (30, 96, 96)),
         ("views.pairs", 0),
+        ("views.partner_share", 1.5),
+        ("views.partner_share", 0.5),  # with a store that holds no embeddings
+        ("init_from", "."),
         ("views.scale", (1.1, 1.2)),
         ("optimizer.kind", "adam"),
         ("model.blocks", (2, 2)),
@@ -346,5 +386,5 @@ def test_bad_settings_are_named(tmp_path, field, value):
     config = config_file.get_config()
     with config.unlocked():
         config.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=field.split(".")[1]):
+    with pytest.raises(UserError, match=field.split(".")[-1]):
         tasks.make(config, ramp_store(tmp_path))

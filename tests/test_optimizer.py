@@ -1,5 +1,6 @@
 """Optimizer groups by rule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,6 +59,11 @@ def test_held_parameters_start_late_with_fresh_moments_and_the_current_rate():
     # Third update: rate 0.3, Adam's first step is 1, decay 0.5.
     np.testing.assert_allclose(steps(make(), ones, 3)["last"]["weight"], 1 - 0.3 * (1 + 0.5), rtol=1e-5)
     np.testing.assert_allclose(steps(make(), ones, 3)["last"]["gain"], 1.0)
+
+
+def test_the_state_is_built_alike_however_long_parameters_are_held():
+    states = [make(held_steps=count).init(PARAMS) for count in (0, 2)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
 def test_clipping_each_tensor_leaves_small_ones_alone():

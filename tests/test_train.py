@@ -129,6 +129,16 @@ def test_a_workdir_of_another_run_is_refused(finished, store):
         train.run(small(store, seed=1), finished)
 
 
+def test_nested_tuples_of_a_configuration_are_the_same_when_read_back(tmp_path):
+    config = embedder.get_config("tiny")
+    for _ in range(2):
+        train.claim(str(tmp_path), config)
+    with config.unlocked():
+        config.model.stage_kernels_zyx = ((1, 1, 1),) * 4
+    with pytest.raises(UserError, match=r"model\.stage_kernels_zyx"):
+        train.claim(str(tmp_path), config)
+
+
 def test_a_non_finite_loss_stops_before_it_is_saved(store, tmp_path):
     config = small(store, checkpoint_every=1)
     with config.unlocked():
