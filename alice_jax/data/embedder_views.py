@@ -21,6 +21,7 @@ from alice_jax.data.splines import SplineField, random_field
 from alice_jax.data.store import AIR_HU, Store
 
 Triple = tuple[int, int, int]
+LEAST_KNOWN = 0.1  # share of a view's body that a partner must be known to show
 TONES_HU = (-1000, -700, -400, -130, -70, -20, 20, 50, 80, 120, 180, 280, 500, 1000, 2000)  # closer among soft tissues
 
 
@@ -193,13 +194,15 @@ class EmbedderSampler:
         inside = [_lookup(bodies[0], positions[0])]
         second = first
         if self.embeddings is not None and ids[1] != ids[0]:
-            # From here on the first view's cells lie where the partner shows the same.
             box = np.array([positions[0].min(axis=(0, 1, 2)), positions[0].max(axis=(0, 1, 2))])
             query, key = (self.embeddings(id) for id in ids)
             to_partner = partner_map(query, key, 2.0 * cells + 0.5, box, _matches, rng)
-            positions[0], known = to_partner(positions[0])
-            inside[0] &= known
-            second = to_partner(first[None])[0][0]
+            places, known = to_partner(positions[0])
+            if (inside[0] & known).sum() >= LEAST_KNOWN * inside[0].sum():
+                # From here on the first view's cells lie where the partner shows the same.
+                positions[0], inside[0], second = places, inside[0] & known, to_partner(first[None])[0][0]
+            else:  # the two share too little of this part
+                ids[1], bodies[1] = ids[0], bodies[0]
         second = second + rng.uniform(-self.shift, self.shift, 3) * extent
         views.append(draw_view(rng, self.shape_zyx, second, self.reduce, spacing_mm, self.distortion))
         positions.append(np.moveaxis(views[1].positions(fine_axes), 0, -1))
