@@ -179,7 +179,7 @@ class EmbedderSampler:
         "meta": "scans" (1,) the record, "pairs" how many were found.
         """
         ids = [self.scan_ids[record]] * 2
-        if self.embeddings is not None and rng.random() < self.partner_share:
+        if self.embeddings is not None and len(self.scan_ids) > 1 and rng.random() < self.partner_share:
             ids[1] = self.scan_ids[(record + rng.integers(1, len(self.scan_ids))) % len(self.scan_ids)]
         spacing_mm = self.store.scan(ids[0]).spacing_zyx_mm[0]
         bodies = [self.store.foreground(id) for id in ids]
