@@ -270,8 +270,8 @@ def peak_offsets(scores: np.ndarray, beside: np.ndarray) -> np.ndarray:
 
     scores: (n,).  beside: (n, 6) before and behind along each axis; the offset is 0 along an axis with a NaN.
 
-    >>> peak_offsets(np.array([1.0]), np.array([[0.5, 0.5, 0.0, 0.5, 0.9, np.nan]])).round(3)
-    array([[0.   , 0.167, 0.   ]])
+    >>> peak_offsets(np.array([1.0]), np.array([[0.4, 0.5, 0.0, 0.5, 0.9, np.nan]])).round(3)
+    array([[0.045, 0.167, 0.   ]])
     """
     below, above = beside[:, ::2], beside[:, 1::2]
     curvature = below + above - 2 * scores[:, None]
