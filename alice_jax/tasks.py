@@ -177,6 +177,8 @@ def check_alice(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, in
         raise UserError(f"views.weak_weight {config.views.weak_weight}: give a weight from 0 to 1")
     if not config.views.cycle_mm > 0:
         raise UserError(f"views.cycle_mm {config.views.cycle_mm}: give a distance above 0 mm")
+    if not 0 <= config.views.agreeing <= 1:
+        raise UserError(f"views.agreeing {config.views.agreeing}: give a share from 0 to 1")
     for name in ("tries", "tries_per_partner"):
         if config.views[name] < 1:
             raise UserError(f"views.{name} {config.views[name]}: give a whole number of 1 or more")
@@ -235,6 +237,7 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
             column_masks=networks.mode.share_mask,
             threshold=config.views.threshold,
             cycle_mm=config.views.cycle_mm,
+            agreeing=config.views.agreeing,
             tries_per_partner=config.views.tries_per_partner,
             tries=config.views.tries,
             weak=config.views.weak,

@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.views.same_patient = "avoid"  # nor copies of one scan; or "allow"
     config.views.threshold = 0.7  # score from which a match is accepted,
     config.views.cycle_mm = 10.0  # if it also leads back to within this distance of the query's point
+    config.views.agreeing = 0.1  # and this share of the weight of the point's neighbours agrees
     config.views.tries_per_partner = 10  # points, then another partner is drawn
     config.views.tries = 100  # points in all, then the pair is weak:
     config.views.weak = "keep"  # the best try; or "down-weight" it, or "redraw": start anew with another query, twice

@@ -84,7 +84,7 @@ def test_a_thigh_is_kept_from_a_chest(mixed):
 
 
 def test_without_the_index_thighs_meet_chests(mixed):
-    sampler = sampler_of(mixed, by_region=False, threshold=-1.0, cycle_mm=1e3)
+    sampler = sampler_of(mixed, by_region=False, threshold=-1.0, cycle_mm=1e3, agreeing=0.0)
     assert len({(sampler.scan_ids[p.query][0], sampler.scan_ids[p.key][0]) for p in mined(sampler, 60)}) == 4
 
 

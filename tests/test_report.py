@@ -182,7 +182,7 @@ def test_mistakes_are_said_in_one_line_and_nothing_is_written(store, tmp_path, a
 
 # ---------------------------------------------------------------- what is flagged
 
-LIMITS = Limits(threshold=0.7, cycle_mm=10)
+LIMITS = Limits(threshold=0.7, cycle_mm=10, agreeing=0.1)
 
 
 def levels(checks):

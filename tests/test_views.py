@@ -40,7 +40,7 @@ class Scores:
 
     def __init__(self):
         self.scores, self.back_mm, self.partners, self.rounds = [], [], [], []
-        self.moved_vox = 0.0
+        self.moved_vox, self.agreeing = 0.0, []
 
     def give(self, scores, back_mm=()):
         self.scores += scores
@@ -53,7 +53,7 @@ class Scores:
         return matching.Found(np.asarray(points, float), np.array([self.scores.pop(0) for _ in points]))
 
     def consensus(self, query, points, key, found):
-        return Consensus(found + self.moved_vox, np.ones(len(points)))
+        return Consensus(found + self.moved_vox, np.array([self.agreeing.pop(0) if self.agreeing else 1.0]))
 
     def cycle_mm(self, query, points, key, found):
         return np.array([self.back_mm.pop(0) if self.back_mm else 0.0 for _ in points])
@@ -76,6 +76,15 @@ def test_first_match_above_the_threshold_is_kept(sampler, scores):
     scores.give([0.1, 0.8, 0.9])
     pair = sampler.mine(0, rng(), sampler.embeddings)
     assert (pair.score, pair.redraws, pair.weak) == (0.8, 1, False)
+
+
+def test_a_match_that_its_neighbours_contradict_is_not_accepted(sampler, scores):
+    scores.give([0.9, 0.8, 0.8])
+    scores.agreeing = [0.05, 0.5]
+    rejected = []
+    pair = sampler.mine(0, rng(), sampler.embeddings, rejected)
+    assert (pair.score, pair.agreeing, pair.redraws, pair.weak) == (0.8, 0.5, 1, False)
+    assert [(each.score, each.agreeing) for each in rejected] == [(0.9, 0.05)]
 
 
 def test_the_chosen_match_goes_where_its_neighbours_put_it(sampler, scores):

@@ -59,6 +59,8 @@ class Pair:
       score: mean of the fine and coarse cosine similarity; 0 where nothing was matched.
       cycle_mm: how far from the query's point the key's point is matched back to; NaN where this was not looked at,
         since the score was too low.
+      agreeing: share of the weight of the query point's neighbours that agrees with the match; NaN where the score or
+        the way back already spoke against it.
       redraws: points that were tried and not kept.
       weak: no try was accepted, and this is the best of them.
       fallback: no scan was known to show the query's place, so any other was taken as key.
@@ -71,6 +73,7 @@ class Pair:
     key_point_zyx_vox: np.ndarray
     score: float = 0.0
     cycle_mm: float = float("nan")
+    agreeing: float = float("nan")
     redraws: int = 0
     weak: bool = False
     fallback: bool = False
@@ -90,6 +93,7 @@ class PairSampler:
       column_masks: release masks, drawn once for the whole batch; otherwise each crop draws its own blocks.
       threshold: score from which a match is accepted.
       cycle_mm: and the farthest that it may be matched back from the query's point.
+      agreeing: and the least share of the neighbours' weight that must agree.
       tries_per_partner: points tried in one partner before another is drawn.
       tries: points tried in all.
       weak: what becomes of a pair of which no try was accepted: "keep" the best try, "down-weight" it by
@@ -108,6 +112,7 @@ class PairSampler:
     column_masks: bool = False
     threshold: float = 0.7
     cycle_mm: float = 10.0
+    agreeing: float = 0.1
     tries_per_partner: int = 10
     tries: int = 100
     weak: str = "keep"
@@ -143,6 +148,7 @@ class PairSampler:
                 "points_zyx_vox": np.stack(points).astype(np.int32),
                 "score": np.float32(pair.score),
                 "cycle_mm": np.float32(pair.cycle_mm),
+                "agreeing": np.float32(pair.agreeing),
                 "redraws": np.int32(pair.redraws),
                 "weak": np.bool_(pair.weak),
                 "fallback": np.bool_(pair.fallback),
@@ -192,7 +198,9 @@ class PairSampler:
             for _ in range(0, self.tries, self.tries_per_partner):
                 for pair in self._tries(query, rng, embeddings, keys):
                     if self.accepts(pair):
-                        return self._refined(dataclasses.replace(pair, redraws=tried), embeddings)
+                        pair = self._refined(pair, embeddings)
+                    if self.accepts(pair):
+                        return dataclasses.replace(pair, redraws=tried)
                     tried += 1
                     best = pair if best is None or self._worth(pair) > self._worth(best) else best
                     if rejected is not None:
@@ -200,23 +208,24 @@ class PairSampler:
         assert best is not None
         weight = self.weak_weight if self.weak == "down-weight" else 1.0
         best = dataclasses.replace(best, redraws=tried - 1, weak=True, weight=weight)
-        return self._refined(best, embeddings)
+        return self._refined(best, embeddings) if np.isnan(best.agreeing) else best
 
     def _refined(self, pair: Pair, embeddings: Callable[[str], matching.Embedding]) -> Pair:
-        """With the key's point where the neighbours of the query's point put it."""
+        """With the key's point where the neighbours of the query's point put it, and how many of them do."""
         query, key = (embeddings(self.scan_ids[scan]) for scan in (pair.query, pair.key))
         points = np.stack([pair.query_point_zyx_vox, pair.key_point_zyx_vox])[:, None].astype(float)
-        moved = consensus(query, points[0], key, points[1]).points_zyx_vox[0]
-        return dataclasses.replace(pair, key_point_zyx_vox=np.rint(moved).astype(int))
+        moved, agreeing = consensus(query, points[0], key, points[1])
+        return dataclasses.replace(pair, key_point_zyx_vox=np.rint(moved[0]).astype(int), agreeing=float(agreeing[0]))
 
     def accepts(self, pair: Pair) -> bool:
-        """Whether the score is high enough and the match leads back to the query's point."""
-        return pair.score > self.threshold and pair.cycle_mm <= self.cycle_mm
+        """Whether nothing that is known of it speaks against it."""
+        return pair.score > self.threshold and pair.cycle_mm <= self.cycle_mm and not pair.agreeing < self.agreeing
 
-    def _worth(self, pair: Pair) -> tuple[bool, float]:
-        """Orders tries that were not accepted: those that lead back nearly, then those of a high score."""
-        near = pair.score > self.threshold
-        return near, -pair.cycle_mm if near else pair.score
+    def _worth(self, pair: Pair) -> tuple[int, float]:
+        """Orders tries that were not accepted, those first that came farthest."""
+        if np.isfinite(pair.agreeing):
+            return 2, pair.agreeing
+        return (1, -pair.cycle_mm) if pair.score > self.threshold else (0, pair.score)
 
     def _tries(
         self,

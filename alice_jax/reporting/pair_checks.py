@@ -61,9 +61,11 @@ def _accepted(pairs: Sequence[Pair], tries: Sequence[Pair], limits: Limits) -> C
     weak = float(np.mean([pair.weak for pair in pairs]))
     level = "good" if weak <= 0.05 else "look" if weak <= 0.3 else "bad"
     low = sum(each.score <= limits.threshold for each in tries)
+    alone = sum(each.agreeing < limits.agreeing for each in tries)
     words = f"{weak:.0%} of {len(pairs)} are weak; {np.mean([pair.redraws for pair in pairs]):.1f} tries redrawn a pair"
     if tries:
-        words += f": {low} for a low score, {len(tries) - low} for a cycle error above {limits.cycle_mm:.0f} mm"
+        words += f": {low} for a low score, {len(tries) - low - alone} for a cycle error above {limits.cycle_mm:.0f} mm"
+        words += f", {alone} since less than {limits.agreeing:.0%} of the surroundings agree"
     return Check(level, "Matches are accepted", words)
 
 

@@ -59,8 +59,9 @@ def verdict(pair: Pair, limits: Limits | None) -> str:
 
 
 def measures(store: Store, pair: Pair) -> str:
-    """Score, cycle error, and the distance from the truth where that is known."""
+    """Score, cycle error, agreement, and the distance from the truth where that is known."""
     words = [f"score {pair.score:.2f}"] + ([f"cycle {pair.cycle_mm:.0f} mm"] if np.isfinite(pair.cycle_mm) else [])
+    words += [f"{pair.agreeing:.0%} agree"] if np.isfinite(pair.agreeing) else []
     truth = true_point(store, pair)
     if truth is not None:
         spacing = store.scan(pair.ids[1]).spacing_zyx_mm

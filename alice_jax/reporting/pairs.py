@@ -16,10 +16,11 @@ from alice_jax.data.views import PairSampler
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a try must reach to be accepted: a score above the threshold, and a cycle error of at most so many mm."""
+    """What a try must reach to be accepted: score above the threshold, cycle error at most, agreement at least."""
 
     threshold: float
     cycle_mm: float
+    agreeing: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Pair:
       ids: the query's and the key's scan.
       points_zyx_vox: (2, 3), the centres of the two crops.
       cycle_mm: how far from the query's point its match is matched back to; NaN where the score was too low to ask.
+      agreeing: share of the neighbours' weight that agrees; NaN where another limit was missed before.
       weight: of the sample in the loss.
       accepted: False for a try.
       filled: (2,), the share of voxels of each crop that are not black to the network; empty for a try.
@@ -43,6 +45,7 @@ class Pair:
     points_zyx_vox: np.ndarray
     score: float
     cycle_mm: float = np.nan
+    agreeing: float = np.nan
     redraws: int = 0
     weak: bool = False
     weight: float = 1.0
@@ -57,6 +60,8 @@ class Pair:
             return f"score below {limits.threshold:.2f}"
         if self.cycle_mm > limits.cycle_mm:
             return f"cycle above {limits.cycle_mm:.0f} mm"
+        if self.agreeing < limits.agreeing:
+            return f"less than {limits.agreeing:.0%} agree"
         return ""
 
 
@@ -88,7 +93,7 @@ def sampler_of(samples: Samples) -> PairSampler:
 
 def limits_of(sampler: PairSampler) -> Limits | None:
     """None where pairs are drawn without matching."""
-    return Limits(sampler.threshold, sampler.cycle_mm) if sampler.embeddings else None
+    return Limits(sampler.threshold, sampler.cycle_mm, sampler.agreeing) if sampler.embeddings else None
 
 
 def first_pairs(
@@ -121,6 +126,7 @@ def _of_sample(number: int, sample: dict[str, Any], scan_ids: Sequence[str]) -> 
         meta["points_zyx_vox"],
         score=float(meta["score"]),
         cycle_mm=float(meta["cycle_mm"]),
+        agreeing=float(meta["agreeing"]),
         redraws=int(meta["redraws"]),
         weak=bool(meta["weak"]),
         weight=float(meta["weight"]),
@@ -138,7 +144,7 @@ def _flat(crop: np.ndarray) -> bool:
 def _of_try(number: int, pair: views.Pair, scan_ids: Sequence[str]) -> Pair:
     points = np.stack([pair.query_point_zyx_vox, pair.key_point_zyx_vox])
     ids = (scan_ids[pair.query], scan_ids[pair.key])
-    return Pair(number, ids, points, score=pair.score, cycle_mm=pair.cycle_mm, accepted=False)
+    return Pair(number, ids, points, pair.score, pair.cycle_mm, pair.agreeing, accepted=False)
 
 
 # ---------------------------------------------------------------- choice
@@ -153,16 +159,15 @@ def worst_accepted(pairs: Sequence[Pair], count: int = 2) -> list[Pair]:
 
 
 def best_rejected(tries: Sequence[Pair], limits: Limits, count: int = 2) -> list[Pair]:
-    """Of the tries that failed for their score, and of those that failed for their cycle error, the highest scores.
+    """Of the tries that each limit turned down, those of the highest score.
 
     No two of the same two scans, since neighbouring points are tried again and again.
     """
     chosen: list[Pair] = []
-    for by_score in (True, False):
+    for reason in sorted({each.shortcoming(limits) for each in tries}, reverse=True):
         seen: set[tuple[str, str]] = set()
-        failed = [each for each in tries if (each.score <= limits.threshold) == by_score]
-        for each in sorted(failed, key=lambda each: -each.score):
-            if each.ids not in seen and len(seen) < count:
+        for each in sorted(tries, key=lambda each: -each.score):
+            if each.shortcoming(limits) == reason and each.ids not in seen and len(seen) < count:
                 seen.add(each.ids)
                 chosen.append(each)
     return chosen
