@@ -132,7 +132,7 @@ def test_the_pairs_are_those_that_training_uses(store, preview_page):
         np.testing.assert_array_equal(pair.points_zyx_vox, meta["points_zyx_vox"][i])
         assert (pair.score, pair.redraws, pair.weak) == (meta["score"][i], meta["redraws"][i], meta["weak"][i])
         assert (pair.cycle_mm, pair.weight) == (meta["cycle_mm"][i], meta["weight"][i])
-        row = preview_page.cells[10 * i : 10 * i + 10]
+        row = preview_page.cells[11 * i : 11 * i + 11]
         assert row[1] == pair.ids[0] and row[2] == ", ".join(map(str, pair.points_zyx_vox[0]))
     assert config.views.crop_shape_zyx == report.CROP_SHAPE_ZYX
     assert config.data.validation_fraction == report.VALIDATION_FRACTION
