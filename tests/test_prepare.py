@@ -425,7 +425,10 @@ def test_stopping_it_leaves_a_store_that_continues(tmp_path, how, code, processe
     for seed in range(8):
         write_nifti(tmp_path / "in" / f"{seed}.nii.gz", ct_like((130, 130, 90), seed=seed))
     args = [*COMMAND, "--input", str(tmp_path / "in"), "--store", str(tmp_path / "store"), "--workers", "2"]
-    running = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    # A shell's background jobs, in which tests may run, ignore Ctrl-C, and so would their children.
+    heeding = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    running = subprocess.Popen(args, cwd=ROOT, preexec_fn=heeding, **pipes)
     deadline = time.time() + 60
     while time.time() < deadline and not list(tmp_path.glob("store/scans/*/scan.json")):
         time.sleep(0.05)
