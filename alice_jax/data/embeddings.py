@@ -330,6 +330,7 @@ class EmbeddingReader:
         self.store, self.cache_bytes = store, cache_bytes
         self._codec: Codec | None = None
         self._kept: OrderedDict[str, Embedding] = OrderedDict()
+        self._sizes: dict[str, int] = {}  # of those kept, when last looked at
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,7 +348,9 @@ class EmbeddingReader:
         with self._lock:
             self._kept[id] = embedding
             self._kept.move_to_end(id)
-            # What is kept grows as it is searched, so the sum is taken anew each time.
-            while len(self._kept) > 1 and sum(e.nbytes for e in self._kept.values()) > self.cache_bytes:
-                self._kept.popitem(last=False)
+            # What is kept grows as it is searched, and only those that were asked for last are.
+            for recent in list(self._kept)[-3:]:
+                self._sizes[recent] = self._kept[recent].nbytes
+            while len(self._kept) > 1 and sum(self._sizes.values()) > self.cache_bytes:
+                del self._sizes[self._kept.popitem(last=False)[0]]
         return embedding

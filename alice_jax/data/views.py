@@ -195,8 +195,9 @@ class PairSampler:
         for start in range(DRAWS if self.weak == "redraw" else 1):
             query = record if start == 0 else int(rng.integers(len(self.scan_ids)))
             keys: list[int] = []
+            foreground = self.store.foreground(self.scan_ids[query])
             for _ in range(0, self.tries, self.tries_per_partner):
-                for pair in self._tries(query, rng, embeddings, keys):
+                for pair in self._tries(query, foreground, rng, embeddings, keys):
                     if self.accepts(pair):
                         pair = self._refined(pair, embeddings)
                     if self.accepts(pair):
@@ -230,6 +231,7 @@ class PairSampler:
     def _tries(
         self,
         query: int,
+        foreground: np.ndarray,
         rng: np.random.Generator,
         embeddings: Callable[[str], matching.Embedding],
         keys: list[int],
@@ -238,10 +240,10 @@ class PairSampler:
 
         The first is mostly accepted, so points are matched in batches of 1, 2, 4, …, as they are asked for.
 
-        keys: partners tried so far; the one drawn here is added.
+        foreground: the query's body mask.  keys: partners tried so far; the one drawn here is added.
         """
         scan = self.store.scan(self.scan_ids[query])
-        a, foreground = embeddings(scan.id), self.store.foreground(scan.id)
+        a = embeddings(scan.id)
         points = foreground_points(foreground, scan.shape_zyx, rng, self.tries_per_partner)
         index = self.partners.index
         place = None if index is None else index.place(a.coarse, foreground, points[0])
