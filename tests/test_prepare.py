@@ -427,8 +427,8 @@ def test_stopping_it_leaves_a_store_that_continues(tmp_path, how, code, processe
     args = [*COMMAND, "--input", str(tmp_path / "in"), "--store", str(tmp_path / "store"), "--workers", "2"]
     pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     # A shell's background jobs, in which tests may run, ignore Ctrl-C, and so would their children.
-    heeding = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    running = subprocess.Popen(args, cwd=ROOT, preexec_fn=heeding, **pipes)
+    args = ["env", "--default-signal=INT", *args]
+    running = subprocess.Popen(args, cwd=ROOT, **pipes)
     deadline = time.time() + 60
     while time.time() < deadline and not list(tmp_path.glob("store/scans/*/scan.json")):
         time.sleep(0.05)
