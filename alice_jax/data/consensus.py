@@ -15,7 +15,8 @@ import numpy as np
 from scipy import stats
 from scipy.stats import qmc
 
-from alice_jax.data.embeddings import Embedding
+from alice_jax.data.cells import cell_of_points, peak_offsets
+from alice_jax.data.embeddings import Embedding, in_body
 
 NEIGHBOURS = 64
 SPREAD_MM = 16.0  # standard deviation of the neighbours' distances along each axis
@@ -61,34 +62,26 @@ def window(embedding: Embedding, point_zyx_vox: np.ndarray) -> Window:
     stride = np.array(codec.fine.stride_zyx_vox)
     cell_mm = stride * codec.spacing_zyx_mm
     step = np.maximum(np.rint(STEP_MM / cell_mm).astype(int), 1)
-    middle = np.clip(np.floor((point_zyx_vox + 0.5) / stride).astype(int), 0, grid - 1)
+    middle = cell_of_points(point_zyx_vox, codec.fine.stride_zyx_vox, embedding.grid_zyx)
     reach = np.rint(WINDOW_MM / (cell_mm * step)).astype(int)
     low = middle - step * np.minimum(reach, middle // step)
     counts = (middle - low) // step + 1 + np.minimum(reach, (grid - 1 - middle) // step)
     cells = low + np.moveaxis(np.indices(counts), 0, -1).reshape(-1, 3) * step
     vectors = embedding.vectors(cells)
-    return Window(low, step, tuple(counts), vectors, _holds(vectors, embedding))
-
-
-def _holds(vectors: np.ndarray, embedding: Embedding) -> np.ndarray:
-    """Whether each cell's vector (n, 2·dims) is one of the body: the fine half is zero elsewhere."""
-    return np.abs(vectors[:, : len(embedding.codec.fine.step)]).max(axis=1) > 0
+    return Window(low, step, tuple(counts), vectors, in_body(vectors, codec))
 
 
 def best_cells(queries: np.ndarray, inside: Window) -> np.ndarray:
     """(n, 3) fine cells, as floats: the peak of each query's (n, 2·dims) scores in a window, refined by a parabola."""
     scores = np.where(inside.body, queries @ inside.vectors.T, -np.inf)
     best = scores.argmax(axis=1)
-    at = np.stack(np.unravel_index(best, inside.shape_zyx), axis=1)
-    rows, top = np.arange(len(best)), scores.max(axis=1)
-    offsets = np.zeros(at.shape)
-    for axis, jump in enumerate((inside.shape_zyx[1] * inside.shape_zyx[2], inside.shape_zyx[2], 1)):
-        within = (at[:, axis] > 0) & (at[:, axis] < inside.shape_zyx[axis] - 1)
-        below = scores[rows, np.where(within, best - jump, best)]
-        above = scores[rows, np.where(within, best + jump, best)]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            peak = (below - above) / (2 * (below + above - 2 * top))
-        offsets[:, axis] = np.where(np.isfinite(peak), np.clip(peak, -0.5, 0.5), 0)
+    at, shape = np.stack(np.unravel_index(best, inside.shape_zyx), axis=1), np.array(inside.shape_zyx)
+    jumps = np.array([[-1], [1]]) * (shape[1] * shape[2], shape[2], 1)  # to the cells before and behind on each axis
+    within = ((at > 0) & (at < shape - 1))[:, None]
+    rows = np.arange(len(best))[:, None, None]
+    beside = scores[rows, np.where(within, best[:, None, None] + jumps, best[:, None, None])]
+    beside = np.where(within & np.isfinite(beside), beside, np.nan)
+    offsets = peak_offsets(scores.max(axis=1), beside.swapaxes(1, 2).reshape(len(best), 6))
     return inside.low_zyx + (at + offsets) * inside.step_zyx
 
 
@@ -104,7 +97,7 @@ def consensus(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding, foun
         cells = np.floor((point + offsets_mm() / spacing_mm + 0.5) / stride).astype(int)
         cells = np.unique(cells[((cells >= 0) & (cells < query.grid_zyx)).all(axis=1)], axis=0)
         vectors = query.vectors(cells)
-        inside = _holds(vectors, query)
+        inside = in_body(vectors, query.codec)
         if inside.sum() < 4 or not there.body.any():
             continue
         cells, vectors = cells[inside], vectors[inside]

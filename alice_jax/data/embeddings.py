@@ -38,6 +38,7 @@ __all__ = [
     "body_cells",
     "embedded_by",
     "fit_level",
+    "in_body",
     "interpolation",
     "normalise",
     "read_codec",
@@ -208,6 +209,11 @@ class Embedding:
             keys[rows, :dims] = self.codec.fine.decode(fine.reshape(-1, dims)[inside])
             keys[rows, dims:] = slab.reshape(plane, -1)[inside - z * plane]
         return keys
+
+
+def in_body(vectors: np.ndarray, codec: Codec) -> np.ndarray:
+    """(…, 2·dims) of `Embedding.vectors` -> (…) bool, which of their cells are of the body: the fine half is not 0."""
+    return np.any(vectors[..., : len(codec.fine.step)], axis=-1, keepdims=True)[..., 0]
 
 
 def filled(stored: np.ndarray) -> np.ndarray:

@@ -5,9 +5,6 @@ vectors being interpolated trilinearly to the fine grid and normalised again; th
 score. Cells outside the body are not searched. `dense` looks at all of them, as the paper does; `search` goes down from
 cubes of 16 mm to the cells of the best parts of the best cubes and finds nearly always the same (benchmarks/mining.py);
 `match` improves on both by what the neighbours of a point say.
-
-Coordinates are voxels of the store's frame, order (z, y, x), voxel centres at integers. Fine cell i covers the voxels
-[i·stride, (i + 1)·stride), so its centre is (i + ½)·stride − ½.
 """
 
 from collections.abc import Iterable
@@ -15,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alice_jax.data.cells import cell_of_points, peak_offsets, points_of_cells
 from alice_jax.data.consensus import consensus
-from alice_jax.data.embeddings import Embedding, EmbeddingReader, read_embedding
+from alice_jax.data.embeddings import Embedding, EmbeddingReader, in_body, read_embedding
 from alice_jax.errors import UserError
 
 __all__ = [
@@ -29,13 +27,13 @@ __all__ = [
     "dense",
     "match",
     "nearest",
+    "peak_offsets",
     "points_of_cells",
     "read_embedding",
     "relative_position",
     "search",
 ]
 
-Triple = tuple[int, int, int]
 EPSILON = 1e-12
 SLAB_CELLS = 16384  # keys searched at once: 4 MB, and the scores of 64 queries another 4 MB
 TRUSTED_SCORE, TRUSTED_CYCLE_MM, TRUSTED_AGREEING = 0.7, 10.0, 0.2
@@ -71,27 +69,6 @@ class Match(NamedTuple):
         return (
             (self.scores >= TRUSTED_SCORE) & (self.cycle_mm <= TRUSTED_CYCLE_MM) & (self.agreeing >= TRUSTED_AGREEING)
         )
-
-
-def cell_of_points(points_zyx_vox: np.ndarray, stride_zyx_vox: Triple, grid_zyx: Triple) -> np.ndarray:
-    """(n, 3) int cells that hold the points; points beyond the grid fall into its border cells, each axis by its own
-    length.
-
-    >>> cell_of_points(np.array([[0, 3, 99]]), (2, 2, 2), (10, 10, 10))
-    array([[0, 1, 9]])
-    """
-    cells = np.floor((np.asarray(points_zyx_vox) + 0.5) / stride_zyx_vox).astype(int)
-    return np.clip(cells, 0, np.array(grid_zyx) - 1)
-
-
-def points_of_cells(cells_zyx: np.ndarray, stride_zyx_vox: Triple, shape_zyx: Triple) -> np.ndarray:
-    """(n, 3) float voxel coordinates of the cells' centres, kept inside the volume.
-
-    >>> points_of_cells(np.array([[0, 1, 2]]), (2, 2, 2), (20, 20, 5))
-    array([[0.5, 2.5, 4. ]])
-    """
-    points = (np.asarray(cells_zyx) + 0.5) * stride_zyx_vox - 0.5
-    return np.clip(points, 0, np.array(shape_zyx) - 1)
 
 
 def nearest(queries: np.ndarray, slabs: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,23 +238,8 @@ def _scores_beside(vectors: np.ndarray, cells_zyx: np.ndarray, key: Embedding) -
     inside = ((at >= 0) & (at < key.grid_zyx)).all(axis=-1)
     at[~inside] = 0
     keys = key.vectors(at.reshape(-1, 3)).reshape(*inside.shape, -1)
-    inside &= keys[..., : len(key.codec.fine.step)].any(axis=-1)
+    inside &= in_body(keys, key.codec)
     return np.where(inside, np.einsum("nc,nkc->nk", vectors, keys), np.nan)
-
-
-def peak_offsets(scores: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    """(n, 3) in [−½, ½] cells: where a parabola through the scores of a cell and its neighbours peaks.
-
-    scores: (n,).  beside: (n, 6) before and behind along each axis; the offset is 0 along an axis with a NaN.
-
-    >>> peak_offsets(np.array([1.0]), np.array([[0.4, 0.5, 0.0, 0.5, 0.9, np.nan]])).round(3)
-    array([[0.045, 0.167, 0.   ]])
-    """
-    below, above = beside[:, ::2], beside[:, 1::2]
-    curvature = below + above - 2 * scores[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        peak = (below - above) / (2 * curvature)
-    return np.where(curvature < 0, np.clip(peak, -0.5, 0.5), 0.0)
 
 
 # ---------------------------------------------------------------- without an embedding
