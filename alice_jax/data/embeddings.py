@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from alice_jax.data.codec import Codec, Level, fit_level, normalise, read_codec
+from alice_jax.data.foreground import body_share
 from alice_jax.data.store import Store
 from alice_jax.data.upsampling import corners, interpolation, strides, upsampled_slabs
 from alice_jax.errors import UserError
@@ -228,13 +229,7 @@ def filled(stored: np.ndarray) -> np.ndarray:
 
 def body_cells(foreground: np.ndarray, grid_zyx: Triple, stride_zyx_vox: Triple) -> np.ndarray:
     """The store's body mask (a cell per 2 voxels) on a fine grid: a cell is body where any of its mask cells is."""
-    assert all(stride % 2 == 0 for stride in stride_zyx_vox), stride_zyx_vox
-    factors = [stride // 2 for stride in stride_zyx_vox]
-    wanted = [n * f for n, f in zip(grid_zyx, factors, strict=True)]
-    cut = foreground[tuple(slice(n) for n in wanted)]
-    cut = np.pad(cut, [(0, n - have) for n, have in zip(wanted, cut.shape, strict=True)])
-    (z, y, x), (fz, fy, fx) = grid_zyx, factors
-    return np.any(cut.reshape(z, fz, y, fy, x, fx), axis=(1, 3, 5))
+    return body_share(foreground, np.zeros(3, int), np.array(grid_zyx), stride_zyx_vox) > 0
 
 
 def write_embedding(store: Store, id: str, codec: Codec, fine: np.ndarray, coarse: np.ndarray) -> None:

@@ -1,11 +1,30 @@
 """Where the body is: the voxels that query points are drawn from."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
 BODY_HU = -500  # half-way between air and tissue
 LUNG_HU = -860  # lung has a median above this; the room below, blankets and mattresses included
 STRIDE = 2  # voxels
+
+
+def body_share(body: np.ndarray, start: np.ndarray, stop: np.ndarray, stride_zyx_vox: Sequence[int]) -> np.ndarray:
+    """(z, y, x) the share of body in the cells from `start` to `stop` (3,) of a grid; beyond the mask there is none.
+
+    stride_zyx_vox: voxels of a cell, multiples of the mask's own.
+
+    >>> body_share(np.array([[[True, False, True]]]), np.array([0, 0, 0]), np.array([1, 1, 2]), (2, 2, 4)).tolist()
+    [[[0.5, 0.5]]]
+    """
+    assert all(stride % STRIDE == 0 for stride in stride_zyx_vox), stride_zyx_vox
+    factor = np.array(stride_zyx_vox) // STRIDE
+    block = body[tuple(slice(a * f, b * f) for a, b, f in zip(start, stop, factor, strict=True))]
+    wanted = (stop - start) * factor
+    block = np.pad(block, [(0, n - have) for n, have in zip(wanted, block.shape, strict=True)])
+    (z, y, x), (fz, fy, fx) = stop - start, factor
+    return block.reshape(z, fz, y, fy, x, fx).mean(axis=(1, 3, 5))
 
 
 def body_mask(volume_hu: np.ndarray) -> np.ndarray:

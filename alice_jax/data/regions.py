@@ -24,6 +24,7 @@ import tqdm
 
 from alice_jax.data import embeddings
 from alice_jax.data.embeddings import Codec, normalise
+from alice_jax.data.foreground import body_share
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
@@ -65,16 +66,6 @@ def nearest(vectors: np.ndarray, to: np.ndarray) -> np.ndarray:
     return np.argmax(vectors @ to.T, axis=1)
 
 
-def body_share(foreground: np.ndarray, start: np.ndarray, stop: np.ndarray, codec: Codec) -> np.ndarray:
-    """The share of body in the coarse cells from `start` to `stop` (z, y, x); `foreground` has a cell per 2 voxels."""
-    factor = np.array(codec.coarse.stride_zyx_vox) // 2
-    block = foreground[tuple(slice(a * f, b * f) for a, b, f in zip(start, stop, factor, strict=True))]
-    wanted = (stop - start) * factor
-    block = np.pad(block, [(0, n - have) for n, have in zip(wanted, block.shape, strict=True)])
-    (z, y, x), (fz, fy, fx) = stop - start, factor
-    return block.reshape(z, fz, y, fy, x, fx).mean(axis=(1, 3, 5))
-
-
 def surroundings(cell: np.ndarray, grid: np.ndarray, codec: Codec) -> tuple[np.ndarray, np.ndarray]:
     """First and last + 1 coarse cell (z, y, x) within `REACH_MM` of a cell."""
     reach = np.rint(REACH_MM / (np.array(codec.coarse.stride_zyx_vox) * codec.spacing_zyx_mm)).astype(int)
@@ -86,7 +77,8 @@ def describe(stored_coarse: np.ndarray, foreground: np.ndarray, codec: Codec) ->
 
     stored_coarse: (z, y, x, dims) int8, of the embedding.
     """
-    share = body_share(foreground, np.zeros(3, int), np.array(stored_coarse.shape[:3]), codec)
+    grid, stride = np.array(stored_coarse.shape[:3]), codec.coarse.stride_zyx_vox
+    share = body_share(foreground, np.zeros(3, int), grid, stride)
     body = share >= min(BODY_SHARE, share.max())
     return np.rint(127 * centres(codec.coarse.decode(stored_coarse[body]), REGIONS)).astype(np.int8)
 
@@ -133,7 +125,7 @@ class RegionIndex:
         codec, grid = self.codec, np.array(stored_coarse.shape[:3])
         cell = np.clip(np.asarray(point_zyx_vox) // codec.coarse.stride_zyx_vox, 0, grid - 1).astype(int)
         start, stop = surroundings(cell, grid, codec)
-        share = body_share(foreground, start, stop, codec)
+        share = body_share(foreground, start, stop, codec.coarse.stride_zyx_vox)
         body = share >= min(BODY_SHARE, share.max())
         vectors = codec.coarse.decode(stored_coarse[tuple(map(slice, start, stop))][body])
         counts = np.bincount(nearest(vectors, self.words), minlength=len(self.words))
