@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alice_jax.data import matching
 from alice_jax.data.consensus import NEIGHBOURS, SPREAD_MM, consensus, offsets_mm, robust_shift
 from alice_jax.data.partner_map import partner_map
 
@@ -73,26 +74,29 @@ def test_a_third_of_outliers_does_not_move_the_fit(seed):
     assert 36 < agreeing[0] < 50
 
 
-def test_a_map_to_the_partner_follows_the_matches_and_knows_where_there_are_none():
+def test_a_map_to_the_partner_follows_the_matches_and_knows_where_there_are_none(monkeypatch):
     embedding = types.SimpleNamespace(codec=types.SimpleNamespace(spacing_zyx_mm=(2.0, 2.0, 2.0)))
     other = types.SimpleNamespace(codec=embedding.codec)
     body = np.stack(np.meshgrid(*[np.arange(0, 60, 3.0)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     body = body[body[:, 0] < 40]
 
     def search(query, points, key):
-        return points * 1.1 + 5 if key is other else (points - 5) / 1.1
+        found = points * 1.1 + 5 if key is other else (points - 5) / 1.1
+        return matching.Found(found, np.ones(len(points)))
 
+    monkeypatch.setattr(matching, "search", search)
     box = np.array([[0, 0, 0], [60, 60, 60]])
-    to_partner = partner_map(embedding, other, body, box, search, np.random.default_rng(0))
+    to_partner = partner_map(embedding, other, body, box, np.random.default_rng(0))
     asked = np.array([[20.0, 30, 30], [10, 20, 50], [20, 30, 500]])
     places, known = to_partner(asked)
     np.testing.assert_allclose(places[:2], asked[:2] * 1.1 + 5, atol=0.5)
     assert known.tolist() == [True, True, False]
 
 
-def test_a_map_without_body_knows_nothing():
+def test_a_map_without_body_knows_nothing(monkeypatch):
+    monkeypatch.setattr(matching, "search", pytest.fail)
     embedding = types.SimpleNamespace(codec=types.SimpleNamespace(spacing_zyx_mm=(2.0, 2.0, 2.0)))
     to_partner = partner_map(
-        embedding, embedding, np.zeros((0, 3)), np.array([[0, 0, 0], [9, 9, 9]]), pytest.fail, np.random.default_rng(0)
+        embedding, embedding, np.zeros((0, 3)), np.array([[0, 0, 0], [9, 9, 9]]), np.random.default_rng(0)
     )
     assert not to_partner(np.zeros((2, 3)))[1].any()

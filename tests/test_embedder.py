@@ -10,7 +10,7 @@ import pytest
 from test_matching import add_scan, make_store
 
 from alice_jax import tasks, train_state
-from alice_jax.data import embedder_views, embeddings
+from alice_jax.data import embeddings, matching
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler, block_mean, draw_view, network_input
 from alice_jax.data.store import Scan
 from alice_jax.errors import UserError
@@ -203,9 +203,11 @@ def test_a_partner_shows_the_same_place_where_the_matches_put_it(tmp_path, monke
         add_scan(store, name, shape)
         store.write_scan(store.scan(name), (first + 10 * x).astype(np.int16), np.ones((20, 24, 28), bool))
     codec = types.SimpleNamespace(spacing_zyx_mm=(2.0, 2.0, 2.0))
-    monkeypatch.setattr(
-        embedder_views, "_matches", lambda query, points, key: points + shift_vox * (1 if query.id == "a" else -1)
-    )
+
+    def search(query, points, key):
+        return matching.Found(points + shift_vox * (1 if query.id == "a" else -1), np.ones(len(points)))
+
+    monkeypatch.setattr(matching, "search", search)
     draw = sampler(
         store,
         reduce=1,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from alice_jax.data import matching
 from alice_jax.data.embeddings import Embedding
 from alice_jax.data.partner_map import partner_map
 from alice_jax.data.splines import SplineField, random_field
@@ -196,7 +195,7 @@ class EmbedderSampler:
         if self.embeddings is not None and ids[1] != ids[0]:
             box = np.array([positions[0].min(axis=(0, 1, 2)), positions[0].max(axis=(0, 1, 2))])
             query, key = (self.embeddings(id) for id in ids)
-            to_partner = partner_map(query, key, 2.0 * cells + 0.5, box, _matches, rng)
+            to_partner = partner_map(query, key, 2.0 * cells + 0.5, box, rng)
             places, known = to_partner(positions[0])
             if (inside[0] & known).sum() >= LEAST_KNOWN * inside[0].sum():
                 # From here on the first view's cells lie where the partner shows the same.
@@ -264,10 +263,6 @@ class EmbedderSampler:
         if distortion.noise_hu:
             volume += rng.uniform(0, distortion.noise_hu) * rng.standard_normal(volume.shape, np.float32)
         return network_input(np.maximum(volume, AIR_HU), self.window_hu)
-
-
-def _matches(query: Embedding, points_zyx_vox: np.ndarray, key: Embedding) -> np.ndarray:
-    return matching.search(query, points_zyx_vox, key).points_zyx_vox
 
 
 def _lookup(body: np.ndarray, positions_vox: np.ndarray) -> np.ndarray:

@@ -6,16 +6,14 @@ cycle-consistent points of two patients in the same spirit).
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from alice_jax.data import matching
 from alice_jax.data.consensus import CYCLE_MM, robust_shift
 from alice_jax.data.embeddings import Embedding
-
-Search = Callable[[Embedding, np.ndarray, Embedding], np.ndarray]  # (query, points (n, 3), key) -> matches (n, 3)
 
 ANCHORS = 600  # cells that are matched
 NEAREST = 32  # of them, that one node of the map is fitted to
@@ -50,7 +48,6 @@ def partner_map(
     key: Embedding,
     body_zyx_vox: np.ndarray,
     box_zyx_vox: np.ndarray,
-    search: Search,
     rng: np.random.Generator,
 ) -> PartnerMap:
     """The map of a box of `query` into `key`.
@@ -68,9 +65,8 @@ def partner_map(
     inside = body_zyx_vox[((body_zyx_vox >= low) & (body_zyx_vox <= high)).all(axis=1)]
     if len(inside) > NEAREST:
         anchors = inside[rng.permutation(len(inside))[:ANCHORS]].astype(float)
-        found = search(query, anchors, key)
-        cycle_mm = np.linalg.norm((search(key, found, query) - anchors) * spacing_mm, axis=1)
-        trust = 1 / (1 + (cycle_mm / CYCLE_MM) ** 2)
+        found = matching.search(query, anchors, key).points_zyx_vox
+        trust = 1 / (1 + (matching.cycle_mm(query, anchors, key, found) / CYCLE_MM) ** 2)
         distance_mm, index = cKDTree(anchors * spacing_mm).query(nodes * spacing_mm, k=NEAREST)
         starts_mm = (anchors[index] - nodes[:, None]) * spacing_mm
         weights = trust[index] * np.exp(-(distance_mm**2) / (2 * SPREAD_MM**2))
