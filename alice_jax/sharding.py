@@ -75,16 +75,18 @@ def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
     return share // microbatch
 
 
+def runs_once(platform: str) -> dict[str, Any] | None:
+    """Compiler options for what runs once: on a CPU optimising it would take longer than what it saves."""
+    return {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+
+
 def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TrainState]:
     """`init(example batch) -> state`, made where it will live."""
-    options = None
-    if mesh.devices.flat[0].platform == "cpu":  # runs once: compiling it is most of the work
-        options = {"xla_backend_optimization_level": 0}
 
     def init(batch: Batch) -> TrainState:
         return train_state.create(objective, seed, batch)
 
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=options)
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=runs_once(mesh.devices.flat[0].platform))
 
 
 def compiled_step(

@@ -19,6 +19,7 @@ from alice_jax.models.casa import CASA
 from alice_jax.objectives import alice
 from alice_jax.reporting import figures, page, planes
 from alice_jax.reporting.page import Section
+from alice_jax.sharding import runs_once
 
 TOKENS = 2  # of each crop whose attention is drawn
 HIDDEN = 0.35  # brightness of what the student does not see
@@ -64,9 +65,8 @@ def look(config: ConfigDict, state: dict[str, Any], sample: Sample) -> Seen:
             outputs = networks.forward(params, extra, batch, jax.random.key(0), False)
         return outputs.reconstruction, attended
 
-    # One evaluation: on a CPU, compiling with optimisation would take longer than what it saves.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    made, attended = jax.device_get(jax.jit(forward, compiler_options=options)(state["params"], state["extra"], batch))
+    once = jax.jit(forward, compiler_options=runs_once(jax.default_backend()))
+    made, attended = jax.device_get(once(state["params"], state["extra"], batch))
     grid = sample["hidden"].shape[1:]
     online, target = (_as_grid(each, grid) for each in attended) if attended else (None, None)
     return Seen(
