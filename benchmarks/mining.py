@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import pickle
-import pstats
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +27,11 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"): 
 import numpy as np
 
 from alice_jax import builtin, cli, report
-from alice_jax.data import embeddings, matching, views
+from alice_jax.data import embeddings, matching
 from alice_jax.data.pipeline import Samples
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+from alice_jax.reporting import pairs
 
 MANY = 10_000
 BATCHES = (10, 100)  # points matched at once: as mining does, and as local consensus does
@@ -141,8 +141,7 @@ def mining_speed(store: Store, count: int, fresh: bool) -> dict[str, Any]:
     """
     reader = Reader(store)
     base = report.preview(store)
-    sampler = dataclasses.replace(base.sampler, embeddings=reader)  # type: ignore[type-var]
-    assert isinstance(sampler, views.PairSampler)
+    sampler = dataclasses.replace(pairs.sampler_of(base), embeddings=reader)
     samples = Samples(sampler, base.records, 0, global_batch=1, steps=base.steps)
     samples[0]  # partners' index, once for all
     for position in range(0 if fresh else count + 1):
@@ -160,12 +159,11 @@ def mining_speed(store: Store, count: int, fresh: bool) -> dict[str, Any]:
                 took[0] += time.process_time() - began[0]
                 took[1] += time.perf_counter() - began[1]
                 redraws.append(int(sample["meta"]["redraws"]))
-    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    total = sum(value[2] for value in stats.values())
+    profile.create_stats()
+    entries = [entry for entry in profile.getstats() if not isinstance(entry.code, str)]
+    total = sum(entry.inlinetime for entry in profile.getstats())
     parts = {
-        name: sum(
-            value[3] for (file, _, function), value in stats.items() if (os.path.basename(file), function) == place
-        )
+        name: sum(e.totaltime for e in entries if (os.path.basename(e.code.co_filename), e.code.co_name) == place)
         for name, place in PARTS.items()
     }
     return {

@@ -48,8 +48,12 @@ def origins(store: Store, ids: Sequence[str], patients: Mapping[str, str]) -> tu
     """
     scans = [store.scan(id) for id in ids]
     names = [patients.get(scan.id, scan.patient) for scan in scans]
-    number = lambda values: np.unique(values, return_inverse=True)[1]  # noqa: E731
-    return number(names), number([scan.sha256 for scan in scans])
+    return numbered(names), numbered([scan.sha256 for scan in scans])
+
+
+def numbered(values: Sequence[str]) -> np.ndarray:
+    """(n,) int: the same number for equal values."""
+    return np.unique(np.asarray(values), return_inverse=True)[1]
 
 
 @dataclasses.dataclass(frozen=True)
