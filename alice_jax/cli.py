@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from alice_jax.errors import UserError
@@ -14,6 +15,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def check_folder_of(flag: str, path: str | None) -> None:
+    """A `UserError` where the file that a flag names could not be written for want of its folder."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist; create it or name another file")
 
 
 def run(main: Callable[[], int | None]) -> None:

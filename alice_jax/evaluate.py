@@ -267,8 +267,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("pairs", "points"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give a whole number of 1 or more")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist; create it or name another file")
+    cli.check_folder_of("--json", args.json)
     return args
 
 

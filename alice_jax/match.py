@@ -5,9 +5,9 @@
 
 Prints the matched place in B, in world millimetres and as voxel of its file, with the score, the cycle error (how far
 from the point the search back from its match ends), how much of its surroundings agrees, and whether to trust it, and
-writes a picture of both. Files are any that
-`alice_jax.prepare` reads, DICOM folders included; with --store they are ids of embedded scans. Numbers are world
-millimetres (RAS, as nibabel, ITK-SNAP and 3D Slicer show them) unless --lps or --voxel says otherwise.
+writes a picture of both. Files are any that `alice_jax.prepare` reads, DICOM folders included; with --store they are
+ids of embedded scans. Numbers are world millimetres (RAS, as nibabel, ITK-SNAP and 3D Slicer show them) unless --lps or
+--voxel says otherwise.
 """
 
 import argparse
@@ -108,9 +108,7 @@ def transfer(store: Store, query: str, points: Points | Any, key: str, *, voxel:
       UserError: a point outside the volume or the body, or a scan without embedding.
     """
     if not isinstance(points, Points):
-        array = np.asarray(points, float).reshape(-1, 3)
-        names = [str(n + 1) for n in range(len(array))]
-        points = Points(names, None, array) if voxel else Points(names, array, None)
+        points = point_files.numbered(points, voxel)
     at, scans = locate(store, query, points), (store.scan(query), store.scan(key))
     reader = matching.EmbeddingReader(store)
     found = matching.match(reader(query), at, reader(key))
@@ -263,8 +261,7 @@ def _points(args: argparse.Namespace) -> Points:
         array = np.array(args.point, float)
         if not np.isfinite(array).all():
             raise UserError(f"--point {' '.join(f'{v:g}' for v in array.ravel())}: give finite numbers")
-        names = [str(n + 1) for n in range(len(array))]
-        points = Points(names, None, array) if args.voxel else Points(names, array, None)
+        points = point_files.numbered(array, args.voxel)
     if args.lps and points.world_ras_mm is not None:
         points = points._replace(world_ras_mm=points.world_ras_mm * FLIP)
     kind = "voxels (i, j, k) of the first scan's file" if points.world_ras_mm is None else "world millimetres"
@@ -324,8 +321,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, path, endings in (("out", args.out, (".png",)), ("results", args.results, (".csv", ".json"))):
         if path and Path(path).suffix.lower() not in endings:
             raise UserError(f"--{flag} {path}: name a file that ends in {' or '.join(endings)}")
-        if path and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"--{flag} {path}: its folder does not exist; create it or name another file")
+        cli.check_folder_of(f"--{flag}", path)
     return args
 
 

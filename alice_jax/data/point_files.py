@@ -33,6 +33,13 @@ class Points(NamedTuple):
     voxel_ijk: np.ndarray | None
 
 
+def numbered(places: Any, voxel: bool) -> Points:
+    """Places (n, 3), voxels or millimetres, under the names 1 to n."""
+    array = np.asarray(places, float).reshape(-1, 3)
+    names = [str(n + 1) for n in range(len(array))]
+    return Points(names, None, array) if voxel else Points(names, array, None)
+
+
 def read(path: str | os.PathLike, voxel: bool | None = None) -> Points:
     """The points of a JSON or CSV file.
 
