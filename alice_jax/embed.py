@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from alice_jax import checkpoint, cli, tasks
 from alice_jax.data import embeddings
-from alice_jax.data.codec import Codec, settle_codec
+from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
 from alice_jax.data.store import AIR_HU, Store
 from alice_jax.errors import UserError
@@ -46,6 +46,7 @@ class TrainedEmbedder:
       window_hu: what its input is clipped to.
       spacing_mm: of the stores that it fits.
       dims: directions kept of each vector on disk.
+      shifts: how many times finer along each axis the fine cells lie than the network's own (see `WholeVolume`).
     """
 
     network: Embedder
@@ -54,19 +55,20 @@ class TrainedEmbedder:
     window_hu: tuple[float, float]
     spacing_mm: float
     dims: int
+    shifts: int = 1
 
     @property
     def strides_zyx_vox(self) -> tuple[Triple, Triple]:
         """Store voxels per fine and per coarse cell."""
         fine, coarse = (tuple(self.reduce * s for s in stride) for stride in strides_zyx(self.network))
-        return fine, coarse  # type: ignore[return-value]
+        return tuple(s // self.shifts for s in fine), coarse  # type: ignore[return-value]
 
     def hash(self) -> str:
         """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
         names = (f.name for f in dataclasses.fields(self.network) if f.name not in ("parent", "name", "dtype"))
         settings = {name: getattr(self.network, name) for name in names}
         digest = hashlib.sha256(
-            json.dumps([settings, self.reduce, self.window_hu, self.spacing_mm], sort_keys=True).encode()
+            json.dumps([settings, self.reduce, self.window_hu, self.spacing_mm, self.shifts], sort_keys=True).encode()
         )
         for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
             digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
@@ -90,6 +92,7 @@ def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
         window_hu=tuple(config["views"]["window_hu"]),
         spacing_mm=config["data"]["spacing_mm"],
         dims=config["storage"]["dims"],
+        shifts=config["storage"]["shifts"],
     )
 
 
@@ -98,6 +101,10 @@ class WholeVolume:
 
     The grids are ceil(shape / stride). A volume is padded with air to a multiple of `ROUND` and, where it is too long
     for `tile_bytes`, cut along z into tiles that overlap by what the network can see (at most `MARGIN`).
+
+    With `shifts` n the network sees n³ copies of the volume, each shifted by a part of a fine cell, and their fine
+    cells interleave ("shift and stitch", Long et al., arXiv 1411.4038): cells n times finer, without another training.
+    The coarse vectors are those of all copies together.
     """
 
     def __init__(self, embedder: TrainedEmbedder, tile_bytes: int = TILE_BYTES):
@@ -106,17 +113,32 @@ class WholeVolume:
         self._apply = jax.jit(lambda volume: embedder.network.apply(variables, volume[None, ..., None]))
 
     def __call__(self, volume_hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        reduce, shape = self.embedder.reduce, volume_hu.shape
-        multiple = [int(np.lcm(ROUND, s)) for s in strides_zyx(self.embedder.network)[1]]
-        padding = [(0, -n % (reduce * m)) for n, m in zip(shape, multiple, strict=True)]
-        padded = np.pad(volume_hu, padding, constant_values=AIR_HU)
-        x = network_input(block_mean(padded, reduce), self.embedder.window_hu)
+        n, network = self.embedder.shifts, self.embedder.network
+        cell_vox = self.embedder.reduce * np.array(strides_zyx(network)[0])
+        fine = np.empty((*(n * -(-np.array(volume_hu.shape) // cell_vox)), network.features), np.float32)
+        coarse = np.zeros(())
+        for part in np.ndindex(n, n, n):
+            # Centres of the parts of a cell lie at (part + 1/2) / n of it, those of the network's own at 1/2.
+            offset = cell_vox * (2 * np.array(part) + 1 - n) // (2 * n)
+            fine[part[0] :: n, part[1] :: n, part[2] :: n], of_copy = self._evaluate(volume_hu, offset)
+            coarse = coarse + of_copy
+        grid = (-(-size // s) for size, s in zip(volume_hu.shape, self.embedder.strides_zyx_vox[0], strict=True))
+        return fine[tuple(map(slice, grid))], normalise(coarse)
+
+    def _evaluate(self, volume_hu: np.ndarray, offset_zyx_vox: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The network's own cells of a copy whose voxel v shows the volume's voxel v + offset."""
+        reduce, shape, strides = self.embedder.reduce, volume_hu.shape, strides_zyx(self.embedder.network)
+        multiple = [reduce * int(np.lcm(ROUND, s)) for s in strides[1]]
+        copy = np.full([-(-n // m) * m for n, m in zip(shape, multiple, strict=True)], AIR_HU, volume_hu.dtype)
+        seen = volume_hu[tuple(slice(max(o, 0), n + o) for n, o in zip(copy.shape, offset_zyx_vox, strict=True))]
+        copy[tuple(slice(max(-o, 0), max(-o, 0) + n) for n, o in zip(seen.shape, offset_zyx_vox, strict=True))] = seen
+        x = network_input(block_mean(copy, reduce), self.embedder.window_hu)
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for tile, keep in self._tiles(x.shape):
             vectors = jax.device_get(self._apply(jnp.asarray(x[tile])))
-            for part, level, step in zip(parts, vectors, strides_zyx(self.embedder.network), strict=True):
+            for part, level, step in zip(parts, vectors, strides, strict=True):
                 part.append(level[0, keep.start // step[0] : keep.stop // step[0]])
-        grids = ([-(-n // s) for n, s in zip(shape, stride, strict=True)] for stride in self.embedder.strides_zyx_vox)
+        grids = ([-(-n // (reduce * s)) for n, s in zip(shape, stride, strict=True)] for stride in strides)
         fine, coarse = (np.concatenate(part)[tuple(map(slice, g))] for part, g in zip(parts, grids, strict=True))
         return fine, coarse
 

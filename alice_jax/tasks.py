@@ -289,10 +289,11 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
             f"again with --spacing {config.data.spacing_mm}, or set data.spacing_mm to train for the store's"
         )
     fine, coarse = strides_zyx(network)
-    if any(views.reduce * step % 2 for step in fine):
+    shifts = config.storage.shifts
+    if shifts < 1 or any(views.reduce * step % (2 * shifts) for step in fine):
         raise UserError(
-            f"views.reduce {views.reduce}: a fine cell must span an even number of the store's voxels, "
-            f"and the network's own stride is {fine}"
+            f"storage.shifts {shifts}, views.reduce {views.reduce}: a fine cell must span a multiple of 2·shifts of the "
+            f"store's voxels along each axis, and it spans {tuple(views.reduce * step for step in fine)}"
         )
     if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
         raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")

@@ -105,6 +105,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.storage = ConfigDict()
     config.storage.dims = 32  # directions kept of each vector on disk
+    config.storage.shifts = 1  # how many times finer the fine cells lie than the network's, by shifted copies of a scan
 
     if variant in ("tiny", "small", "across"):
         config.batch_size = 2
