@@ -292,8 +292,8 @@ def check_embedder(config: ConfigDict, store: Store, network: Embedder) -> None:
     shifts = config.storage.shifts
     if shifts < 1 or any(views.reduce * step % (2 * shifts) for step in fine):
         raise UserError(
-            f"storage.shifts {shifts}, views.reduce {views.reduce}: a fine cell must span a multiple of 2·shifts of the "
-            f"store's voxels along each axis, and it spans {tuple(views.reduce * step for step in fine)}"
+            f"storage.shifts {shifts}, views.reduce {views.reduce}: a fine cell spans "
+            f"{tuple(views.reduce * step for step in fine)} voxels of the store; each must be a multiple of 2·shifts"
         )
     if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
         raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")
