@@ -59,13 +59,29 @@ def test_an_unknown_position_index_is_refused():
         windows.relative_position_index(2, "wrong")
 
 
-def test_add_bias_has_the_gradient_of_a_sum():
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_has_the_gradients_of_its_plain_form(masked):
     rng = np.random.default_rng(0)
-    shapes = ((2, 3, 2, 4, 4), (2, 4, 4), (2, 3, 2, 4, 4))
-    logits, bias, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
-    got = jax.grad(lambda x, b: jnp.sum(windows.add_bias(x, b) * weight), argnums=(0, 1))(logits, bias)
-    np.testing.assert_array_equal(got[0], weight)
-    np.testing.assert_allclose(got[1], weight.sum((0, 1)), rtol=1e-5)
+    shapes = *[(2, 3, 2, 8, 4)] * 3, (2, 8, 8), (2, 3, 2, 8, 4)
+    query, key, value, bias, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    separate = jnp.asarray(rng.random((3, 8, 8)) < 0.3) if masked else None
+
+    def plain(query, key, value, bias):
+        logits = jnp.einsum("...qe,...pe->...qp", query, key) + bias
+        if masked:
+            logits = logits + jnp.where(separate, windows.SEPARATE, 0.0)[:, None]
+        return jax.nn.softmax(logits) @ value
+
+    def ours(*args):
+        return windows.attend(*args, separate)
+
+    args = query, key, value, bias
+    np.testing.assert_allclose(ours(*args), plain(*args), atol=1e-6)
+    got, expected = (
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weight), argnums=(0, 1, 2, 3)))(*args) for f in (ours, plain)
+    )
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def attend(x, context, separate):

@@ -4,12 +4,14 @@ Parameters are float32 whatever the compute type. `start` names how a layer star
 default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, `"normal"` is N(0, 0.02) with zero biases.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Init = Callable[..., jax.Array]
 
@@ -33,8 +35,8 @@ def starting_values(start: str, fan_in: int) -> tuple[Init, Init]:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) form, as in PyTorch; Flax's default is the tanh approximation."""
-    return nn.gelu(x, approximate=False)
+    """The exact form, written with erf as in PyTorch: Flax's, written with erfc, takes a CPU longer."""
+    return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
 def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
@@ -43,11 +45,44 @@ def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, computed in float32 and returned in `dtype`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any) -> jax.Array:
+    """(x - mean) / sqrt(variance + epsilon) · scale + bias over the last axis, in float32, returned in `dtype`.
 
-    The variance is taken after the mean: Flax's one-pass form loses digits when the mean is large.
+    The variance is taken after the mean: Flax's one-pass form loses digits when the mean is large. The gradient keeps
+    `x` and two numbers for each vector.
     """
+    return _layer_norm(x, scale, bias, epsilon, dtype)[0]
+
+
+def _layer_norm(x, scale, bias, epsilon, dtype):
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - mean
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
+    return (centred * inverse * scale + bias).astype(dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_gradient(epsilon, dtype, saved, gradient):
+    x, mean, inverse, scale = saved
+    gradient = gradient.astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    of_normal = gradient * scale
+    along = jnp.mean(of_normal * normal, axis=-1, keepdims=True)
+    of_x = inverse * (of_normal - jnp.mean(of_normal, axis=-1, keepdims=True) - normal * along)
+    # Sums over all vectors as products with ones, which a CPU computes several times faster than XLA's sums.
+    ones = jnp.ones(x.shape[:-1], jnp.float32)
+    of_scale, of_bias = (
+        jnp.tensordot(ones, y, axes=x.ndim - 1, precision="highest") for y in (gradient * normal, gradient)
+    )
+    return of_x.astype(x.dtype), of_scale, of_bias
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_gradient)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its scale and bias as parameters."""
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -56,10 +91,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(x * x, axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
 class Linear(nn.Module):

@@ -111,21 +111,69 @@ def position_bias(table: jax.Array, window: int, kind: str) -> jax.Array:
     return bias.transpose(6, 0, 2, 4, 1, 3, 5).reshape(heads, window**3, window**3)
 
 
+def _weights(
+    query: jax.Array, key: jax.Array, bias: jax.Array, separate: jax.Array | None, largest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """exp(logit - largest of the row) (b, n, k, t, t) float32, and that largest one (b, n, k, t, 1)."""
+    logits = jnp.einsum("...qe,...pe->...qp", query, key, preferred_element_type=jnp.float32) + bias
+    if separate is not None:
+        logits = logits + jnp.where(separate, SEPARATE, 0.0)[:, None]
+    if largest is None:
+        largest = logits.max(axis=-1, keepdims=True)
+    return jnp.exp(logits - largest), largest
+
+
 @jax.custom_vjp
-def add_bias(logits: jax.Array, bias: jax.Array) -> jax.Array:
-    """logits (b, n, k, t, t) + bias (k, t, t), with the bias's gradient as a matmul with ones.
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, separate: jax.Array | None
+) -> jax.Array:
+    """softmax(query keyᵀ + bias) value, the softmax in float32.
 
-    XLA's own sum over the windows takes a CPU as long as the rest of attention's gradient.
+    query, key, value (b, n, k, t, size); bias (k, t, t); separate (n, t, t) bool, True where a key is hidden.
+
+    What the gradient needs of the weights is computed again, as in FlashAttention (arXiv 2205.14135): they are by far
+    the largest arrays of the network.
     """
-    return logits + bias
+    return _attend(query, key, value, bias, separate)[0]
 
 
-def _add_bias_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    ones = jnp.ones(gradient.shape[:2], gradient.dtype)
-    return gradient, jnp.einsum("bn,bnkqp->kqp", ones, gradient, precision="highest")
+def _attend(query, key, value, bias, separate):
+    weights, largest = _weights(query, key, bias, separate)
+    total = weights.sum(axis=-1, keepdims=True)
+    y = jnp.einsum("...qp,...pe->...qe", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    y = (y / total).astype(value.dtype)  # the division after the product: a window has many more pairs than channels
+    return y, (query, key, value, bias, separate, y, largest, total)
 
 
-add_bias.defvjp(lambda logits, bias: (logits + bias, None), _add_bias_gradient)
+def _attend_gradient(saved, gradient):
+    query, key, value, bias, separate, y, largest, total = saved
+    dtype = value.dtype
+    weights = _weights(query, key, bias, separate, largest)[0] / total
+    of_weights = jnp.einsum("...qe,...pe->...qp", gradient, value, preferred_element_type=jnp.float32)
+    own = jnp.sum(gradient.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+    of_logits = weights * (of_weights - own)
+    # XLA's own sum over the windows takes a CPU as long as the rest of attention's gradient.
+    ones = jnp.ones(of_logits.shape[:2], jnp.float32)
+    of_bias = jnp.einsum("bn,bnkqp->kqp", ones, of_logits, precision="highest")
+    of_query = jnp.einsum(
+        "...qp,...pe->...qe", of_logits.astype(dtype), key, preferred_element_type=jnp.float32
+    ).astype(dtype)
+    of_key = _transposed_product(of_logits.astype(dtype), query).astype(dtype)
+    of_value = _transposed_product(weights.astype(dtype), gradient).astype(dtype)
+    return of_query, of_key, of_value, of_bias, None
+
+
+def _transposed_product(pairs: jax.Array, x: jax.Array) -> jax.Array:
+    """pairsᵀ x: (…, q, p), (…, q, e) -> (…, p, e) float32, by transposing the small factor and the small result.
+
+    The barriers keep XLA from transposing `pairs` instead, for which a CPU has no fast product.
+    """
+    rows = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+    product = jnp.einsum("...eq,...qp->...ep", rows, pairs, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).swapaxes(-1, -2)
+
+
+attend.defvjp(_attend, _attend_gradient)
 
 
 class WindowAttention(nn.Module):
@@ -161,14 +209,8 @@ class WindowAttention(nn.Module):
         else:
             query = split(x.astype(self.dtype), 1)[0]
             key, value = split(Linear(2 * c, start=self.start, dtype=self.dtype, name="kv")(context), 2)
-        logits = jnp.einsum("...qe,...pe->...qp", query * size**-0.5, key, preferred_element_type=jnp.float32)
-        logits = add_bias(logits, position_bias(table, window, self.position_index))
-        if separate is not None:
-            logits = logits + jnp.where(separate, SEPARATE, 0.0)[:, None]
-        # softmax, with the division after the product with the values: a window has many more pairs than channels
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-        y = jnp.einsum("...qp,...pe->...qe", weights.astype(self.dtype), value, preferred_element_type=jnp.float32)
-        y = y / weights.sum(axis=-1, keepdims=True)
+        bias = position_bias(table, window, self.position_index)
+        y = attend(query * size**-0.5, key, value, bias, None if separate is None else jnp.asarray(separate))
         y = y.transpose(0, 1, 3, 2, 4).reshape(b, n, t, c)
         return Linear(c, start=self.start, dtype=self.dtype, name="out")(y)
 
