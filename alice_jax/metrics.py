@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 
 import numpy as np
-import tensorboardX
 import tqdm
 
 ON_BAR = ("loss", "step_time_s", "data_wait_s")
@@ -25,6 +24,8 @@ class Metrics:
         self._path = os.path.join(workdir, "metrics.jsonl")
         if not enabled:
             return
+        import tensorboardX  # here, since it takes a second where PyTorch is installed, which it then loads
+
         os.makedirs(workdir, exist_ok=True)
         _drop_after(self._path, first_step)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
