@@ -29,11 +29,15 @@ POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
 
 
-def root() -> str:
-    """$ALICE_JAX_CACHE or a folder in the user's cache; another one for each version of the generator."""
+def cache() -> str:
+    """$ALICE_JAX_CACHE or a folder in the user's cache."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    base = os.environ.get("ALICE_JAX_CACHE") or os.path.join(user_cache, "alice_jax")
-    return os.path.join(base, f"phantom{phantom.VERSION}")
+    return os.environ.get("ALICE_JAX_CACHE") or os.path.join(user_cache, "alice_jax")
+
+
+def root() -> str:
+    """Where the cohort lies; another folder for each version of the generator."""
+    return os.path.join(cache(), f"phantom{phantom.VERSION}")
 
 
 def store_path() -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from alice_jax import checkpoint, cli, tasks
+from alice_jax import checkpoint, cli, host, tasks
 from alice_jax.data import embeddings
 from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task-count", type=int, default=1, help="how many tasks share the work")
     parser.add_argument("--force", action="store_true", help="embed again what is done")
     args = parser.parse_args(argv)
+    host.settle()
     if not 0 <= args.task_index < args.task_count:
         raise UserError(
             f"--task-index {args.task_index}: give 0 to {args.task_count - 1} with --task-count {args.task_count}"

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from alice_jax import builtin, cli, embed, train
+from alice_jax import builtin, cli, embed, host, train
 from alice_jax.data import embeddings, matching, point_files, preparing
 from alice_jax.data.foreground import STRIDE
 from alice_jax.data.point_files import FLIP, Points
@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parse(argv)
     points = _points(args)
+    host.settle()
     if args.store:
         store, ids = Store.open(args.store), (args.source, args.target)
         if args.workdir:

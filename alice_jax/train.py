@@ -26,7 +26,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, provenance, report, sharding, tasks, train_state
+from alice_jax import builtin, checkpoint, cli, host, provenance, report, sharding, tasks, train_state
 from alice_jax.coverage import Coverage
 from alice_jax.data import embeddings, pipeline
 from alice_jax.data.store import Store
@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    host.settle()
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
     return run(config, workdir)
 

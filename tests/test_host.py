@@ -1,0 +1,54 @@
+"""What commands ask of their computer: memory that stays, programs compiled once, and an early first line."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(code, **environment):
+    """The last line that a fresh interpreter prints."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+FAULTS = """
+import resource
+import numpy as np
+{first}
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(40_000_000, np.float32)  # 160 MB, 39,063 pages of 4 kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_kept():
+    assert int(run(FAULTS.format(first="from alice_jax import host; host.keep_memory()"))) < 100
+    # numpy itself may ask for huge pages, of 512 small ones each.
+    assert int(run(FAULTS.format(first=""))) >= 39_063 // 512
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    code = "import jax; from alice_jax import host; host.keep_compiled(); jax.jit(lambda x: x + 1)(1.0)"
+    cache = {"ALICE_JAX_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=variables | cache | {"PYTHONPATH": str(ROOT)})
+    folders = list((tmp_path / "compiled").iterdir())
+    assert len(folders) == 1 and any(path.name.endswith("-cache") for path in folders[0].iterdir())
+
+
+@pytest.mark.parametrize("command", ["prepare", "embed", "train", "export", "match", "evaluate", "report"])
+def test_commands_load_no_more_than_they_need_to_answer(command):
+    """PyTorch alone would take over a second."""
+    heavy = "{'torch', 'tensorboardX', 'matplotlib'} & set(sys.modules)"
+    assert run(f"import sys, alice_jax.{command}; print({heavy} or 'none of them')") == "none of them"
