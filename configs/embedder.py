@@ -5,8 +5,8 @@
 
 `configs/embedder.py` is the published network and recipe (SAM, arXiv 2012.02383): 33 million parameters, 20,000
 steps of 8 samples, for one accelerator.
-`configs/embedder.py:tiny` fits two CPU cores and a few minutes; `:small` is the same four times as long. `:across`
-continues `:small` on pairs of patients, whose matches it takes from the embeddings in the store:
+`configs/embedder.py:tiny` fits two CPU cores and a few minutes; `:small` is the same ten times as long and with
+stretches. `:across` continues `:small` on pairs of patients, whose matches it takes from the embeddings in the store:
 
     python -m alice_jax.train --config=configs/embedder.py:across --config.data.store=DIR \
         --config.init_from=runs/embedder --workdir=runs/embedder-across
@@ -148,11 +148,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.clip = 1.0
         config.optimizer.warmup = "10 %"
         config.storage.dims = 32
+    if variant in ("small", "across"):
+        config.views.stretch_mm = 16.0
     if variant == "small":
-        config.steps = 600
+        config.steps = 1500
     if variant == "across":
         config.steps = 600
         config.optimizer.lr = 5e-3
         config.views.partner_share = 0.5
-        config.views.stretch_mm = 16.0
     return config.lock()
