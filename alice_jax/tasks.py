@@ -162,6 +162,17 @@ def alice_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, Calla
     }
 
 
+def alice_objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
+    """Networks, losses and recipe of a pretraining configuration."""
+    held = config.method.freeze_last_layer
+    return alice.make(
+        alice_networks(config),
+        **alice_schedules(config, steps_per_epoch),
+        clip=config.optimizer.clip,
+        held_steps=schedules.duration(held, "method.freeze_last_layer", steps_per_epoch, config.steps),
+    )
+
+
 def check_alice(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Crop shape and mask grid, one cell for each last-stage token; refuses what the networks cannot take."""
     crop = tuple(config.views.crop_shape_zyx)
@@ -217,13 +228,7 @@ def alice_scans(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tupl
 def alice_task(config: ConfigDict, store: Store) -> Task:
     """Pretraining on pairs mined from a store."""
     crop, grid = check_alice(config)
-    networks = alice_networks(config)
     scans, validation_scans, patients = alice_scans(config, store)
-    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
-    held_steps = schedules.duration(
-        config.method.freeze_last_layer, "method.freeze_last_layer", steps_per_epoch, config.steps
-    )
-
     embeddings = EmbeddingReader(store) if config.views.kind == "mined" else None
 
     def sampler(ids: tuple[str, ...]) -> PairSampler:
@@ -234,7 +239,7 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
             crop_shape_zyx=crop,
             mask_grid=grid,
             mask_ratio=config.views.mask_ratio,
-            column_masks=networks.mode.share_mask,
+            column_masks=alice.MODES[config.method.mode].share_mask,
             threshold=config.views.threshold,
             cycle_mm=config.views.cycle_mm,
             agreeing=config.views.agreeing,
@@ -247,9 +252,8 @@ def alice_task(config: ConfigDict, store: Store) -> Task:
             patients=patients,
         )
 
-    by_step = alice_schedules(config, steps_per_epoch)
     return Task(
-        objective=alice.make(networks, **by_step, clip=config.optimizer.clip, held_steps=held_steps),
+        objective=alice_objective(config, steps_per_epoch=math.ceil(len(scans) / config.batch_size)),
         sampler=sampler(scans),
         scans=scans,
         validation_sampler=sampler(validation_scans),
