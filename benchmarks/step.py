@@ -120,8 +120,9 @@ def jax_row(case: Case) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from alice_jax import sharding, tasks, train_state
+    from alice_jax import host, sharding, tasks, train_state
 
+    host.keep_memory()
     config = case.config()
     objective = tasks.alice_objective(config, steps_per_epoch=1)
     crop, grid = tasks.check_alice(config)
