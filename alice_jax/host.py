@@ -12,6 +12,7 @@ from alice_jax import builtin
 
 # glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+PLENTY_BYTES = 12 << 30  # the full-size step has been seen to hold 8
 
 
 def settle() -> None:
@@ -24,13 +25,19 @@ def keep_memory() -> None:
     """Makes malloc keep what was freed; to be called before JAX has threads.
 
     On a CPU XLA asks for the memory of a program anew at each call, and glibc, left alone, gives gigabytes of it back
-    to the kernel, which must find and clear every page again: a fifth of a train step's processor time.
+    to the kernel, which must find and clear every page again: a fifth of a train step's processor time. What is kept
+    may no longer fit the next call, so that two steps' memory is held in the end: only where there is plenty.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc" and _main_memory() >= PLENTY_BYTES:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_ARENA_MAX, 1)  # further ones cannot grow beyond 64 MB and would ask the kernel for more
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, -1)
+
+
+def _main_memory() -> int:
+    """Bytes of this computer's main memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_compiled() -> None:
