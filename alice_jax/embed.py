@@ -60,8 +60,8 @@ class TrainedEmbedder:
     @property
     def strides_zyx_vox(self) -> tuple[Triple, Triple]:
         """Store voxels per fine and per coarse cell."""
-        fine, coarse = (tuple(self.reduce * s for s in stride) for stride in strides_zyx(self.network))
-        return tuple(s // self.shifts for s in fine), coarse  # type: ignore[return-value]
+        fine, coarse = (self.reduce * np.array(stride) for stride in strides_zyx(self.network))
+        return _triple(fine // self.shifts), _triple(coarse)
 
     def hash(self) -> str:
         """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
@@ -73,6 +73,11 @@ class TrainedEmbedder:
         for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
             digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
         return digest.hexdigest()
+
+
+def _triple(stride: np.ndarray) -> Triple:
+    z, y, x = stride.tolist()
+    return z, y, x
 
 
 def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
@@ -116,7 +121,7 @@ class WholeVolume:
         n, network = self.embedder.shifts, self.embedder.network
         cell_vox = self.embedder.reduce * np.array(strides_zyx(network)[0])
         fine = np.empty((*(n * -(-np.array(volume_hu.shape) // cell_vox)), network.features), np.float32)
-        coarse = np.zeros(())
+        coarse = np.zeros((), np.float32)
         for part in np.ndindex(n, n, n):
             # Centres of the parts of a cell lie at (part + 1/2) / n of it, those of the network's own at 1/2.
             offset = cell_vox * (2 * np.array(part) + 1 - n) // (2 * n)
