@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from alice_jax import host
 from alice_jax.data import phantom
 from alice_jax.data.codec import FORMAT
 from alice_jax.data.store import Store
@@ -29,15 +30,9 @@ POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
 
 
-def cache() -> str:
-    """$ALICE_JAX_CACHE or a folder in the user's cache."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("ALICE_JAX_CACHE") or os.path.join(user_cache, "alice_jax")
-
-
 def root() -> str:
     """Where the cohort lies; another folder for each version of the generator."""
-    return os.path.join(cache(), f"phantom{phantom.VERSION}")
+    return os.path.join(host.cache(), f"phantom{phantom.VERSION}")
 
 
 def store_path() -> str:

@@ -8,11 +8,15 @@ import sys
 
 import jax
 
-from alice_jax import builtin
-
 # glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 PLENTY_BYTES = 12 << 30  # the full-size step has been seen to hold 8
+
+
+def cache() -> str:
+    """$ALICE_JAX_CACHE or a folder in the user's cache."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("ALICE_JAX_CACHE") or os.path.join(user_cache, "alice_jax")
 
 
 def settle() -> None:
@@ -46,7 +50,7 @@ def keep_compiled() -> None:
     Programs for a CPU use its instruction set, so computers of another kind that share the folder get their own.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(builtin.cache(), "compiled", _processor()))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache(), "compiled", _processor()))
 
 
 def _processor() -> str:
