@@ -27,6 +27,11 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """For the state: every device holds all of it."""
     return NamedSharding(mesh, PartitionSpec())
@@ -66,7 +71,7 @@ def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
         raise UserError(f"batch_size {batch_size}: must be a multiple of the number of devices, {devices}")
     share = batch_size // devices
     if microbatch == 0:
-        microbatch = 1 if mesh.devices.flat[0].platform == "cpu" else share
+        microbatch = 1 if platform(mesh) == "cpu" else share
     if share % microbatch:
         raise UserError(
             f"microbatch {microbatch}: must divide the {share} samples that each of {devices} devices gets "
@@ -75,9 +80,9 @@ def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
     return share // microbatch
 
 
-def runs_once(platform: str) -> dict[str, Any] | None:
-    """Compiler options for what runs once: on a CPU optimising it would take longer than what it saves."""
-    return {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+def runs_once(on: str) -> dict[str, Any] | None:
+    """Compiler options for what runs once on a platform: a CPU would optimise for longer than it saves."""
+    return {"xla_backend_optimization_level": 0} if on == "cpu" else None
 
 
 def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TrainState]:
@@ -86,7 +91,7 @@ def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict
     def init(batch: Batch) -> TrainState:
         return train_state.create(objective, seed, batch)
 
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=runs_once(mesh.devices.flat[0].platform))
+    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=runs_once(platform(mesh)))
 
 
 def compiled_step(
@@ -122,7 +127,7 @@ def compiled_step(
     update = jax.jit(finish, out_shardings=everywhere, donate_argnums=0)
     numbers = jax.device_put(list(np.arange(parts)), everywhere)
     # On a CPU a program takes its memory when it is called and not when it runs, so parts called ahead would add up.
-    one_at_a_time = mesh.devices.flat[0].platform == "cpu"
+    one_at_a_time = platform(mesh) == "cpu"
 
     def step(state: TrainState, batch: list[dict[str, jax.Array]]):
         total = zeros(state, batch[0])

@@ -125,7 +125,7 @@ def _weights(
 
 @jax.custom_vjp
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, separate: jax.Array | None
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, separate: jax.Array | np.ndarray | None
 ) -> jax.Array:
     """softmax(query keyᵀ + bias) value, the softmax in float32.
 
@@ -210,7 +210,7 @@ class WindowAttention(nn.Module):
             query = split(x.astype(self.dtype), 1)[0]
             key, value = split(Linear(2 * c, start=self.start, dtype=self.dtype, name="kv")(context), 2)
         bias = position_bias(table, window, self.position_index)
-        y = attend(query * size**-0.5, key, value, bias, None if separate is None else jnp.asarray(separate))
+        y = attend(query * size**-0.5, key, value, bias, separate)
         y = y.transpose(0, 1, 3, 2, 4).reshape(b, n, t, c)
         return Linear(c, start=self.start, dtype=self.dtype, name="out")(y)
 
