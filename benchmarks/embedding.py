@@ -8,7 +8,6 @@ the same run. Times are medians; a first evaluation, which compiles, does not co
 
 import argparse
 import json
-import resource
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from step import alone, measured
+from step import alone, main_memory_gib, measured
 
 from alice_jax import cli, embed, host, tasks
 from alice_jax.data.store import AIR_HU
@@ -100,8 +99,8 @@ def twin(shape: tuple[int, ...], repeats: int) -> dict[str, float]:
             top = self.lateral[2](outputs[2])
             for i in (1, 0):
                 top = self.lateral[i](outputs[i]) + functional.interpolate(top, outputs[i].shape[2:])
-            heads = self.fine(top), self.coarse(self.lateral[3](outputs[3]))
-            return tuple(functional.normalize(head, dim=1) for head in heads)  # type: ignore[return-value]
+            fine, coarse = self.fine(top), self.coarse(self.lateral[3](outputs[3]))
+            return functional.normalize(fine, dim=1), functional.normalize(coarse, dim=1)
 
     network, volume = Network().eval(), torch.rand(1, 1, *shape)
 
@@ -113,8 +112,7 @@ def twin(shape: tuple[int, ...], repeats: int) -> dict[str, float]:
 
 
 def result(first_s: float, median_s: float) -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": median_s, "compile_s": first_s - median_s, "peak_gib": peak}
+    return {"seconds": median_s, "compile_s": first_s - median_s, "peak_gib": main_memory_gib()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

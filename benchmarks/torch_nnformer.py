@@ -199,6 +199,22 @@ class Convolutions(nn.Module):
         return self.norm2(functional.gelu(x)) if hasattr(self, "norm2") else x
 
 
+def stages(crop, dim: int, heads, windows, rates, up: bool):
+    """One for each tensor of drop rates, from the finest grid on."""
+    return nn.ModuleList(
+        Stage(
+            dim * 2**i,
+            tuple(n // 2 // 2**i for n in crop),
+            heads[i],
+            windows[i],
+            each.tolist(),
+            up=up,
+            last=not up and i == len(rates) - 1,
+        )
+        for i, each in enumerate(rates)
+    )
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
@@ -215,18 +231,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(dim)
-        self.layers = nn.ModuleList(
-            Stage(
-                dim * 2**i,
-                tuple(n // 2 // 2**i for n in crop),
-                heads[i],
-                windows[i],
-                rates.tolist(),
-                up=False,
-                last=i == len(depths) - 1,
-            )
-            for i, rates in enumerate(rates_of(drop_path, depths))
-        )
+        self.layers = stages(crop, dim, heads, windows, rates_of(drop_path, depths), up=False)
         for i in range(len(depths)):
             self.add_module(f"norm{i}", nn.LayerNorm(dim * 2**i, LAYER_NORM_EPS))
 
@@ -246,18 +251,7 @@ class Decoder(nn.Module):
     def __init__(self, crop, dim: int, heads, windows, depths, drop_path: float):
         super().__init__()
         from_coarse = rates_of(drop_path, depths[-2::-1])
-        self.layers = nn.ModuleList(
-            Stage(
-                dim * 2**i,
-                tuple(n // 2 // 2**i for n in crop),
-                heads[i],
-                windows[i],
-                rates.tolist(),
-                up=True,
-                last=False,
-            )
-            for i, rates in enumerate(reversed(from_coarse))
-        )
+        self.layers = stages(crop, dim, heads, windows, from_coarse[::-1], up=True)
 
     def forward(self, skips, stages=None):
         """The outputs of the first `stages` stages (default: of all), from coarse to fine."""
