@@ -28,7 +28,10 @@ class FakeEmbedding:
     def vectors(self, cells_zyx):
         places = (np.asarray(cells_zyx) + 0.5) * STRIDE - 0.5 - self.shift_vox
         phases = 2 * places @ self.waves
-        return np.concatenate([np.cos(phases), np.sin(phases)], axis=1) / np.sqrt(32)
+        return np.concatenate([np.cos(phases), np.sin(phases)], axis=-1) / np.sqrt(32)
+
+    def vectors_on(self, axes_zyx):
+        return self.vectors(np.stack(np.meshgrid(*axes_zyx, indexing="ij"), axis=-1))
 
 
 def test_offsets_are_spread_normally_and_bounded():
@@ -56,7 +59,7 @@ def test_where_nothing_matches_nothing_agrees():
 
 def test_a_point_without_body_around_it_stays():
     query, key = FakeEmbedding(np.zeros(3)), FakeEmbedding(SHIFT_VOX)
-    query.vectors = lambda cells: np.zeros((len(cells), 64))
+    query.vectors = lambda cells: np.zeros((*cells.shape[:-1], 64))
     result = consensus(query, np.array([[48.0, 48, 48]]), key, np.array([[50.0, 51, 52]]))
     assert result.points_zyx_vox.tolist() == [[50, 51, 52]] and result.agreeing.tolist() == [0]
 

@@ -241,6 +241,14 @@ def test_dense_search_is_the_argmax_whatever_the_slabs(store):
         np.testing.assert_array_equal(index, dense)
 
 
+def test_a_lattice_of_cells_holds_the_vectors_of_its_cells(store):
+    embedding = matching.read_embedding(store, "a")
+    axes = [np.array([0, 2, 4]), np.array([3]), np.arange(embedding.grid_zyx[2])]
+    cells = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    want = embedding.vectors(cells.reshape(-1, 3)).reshape(*cells.shape[:3], -1)
+    np.testing.assert_allclose(embedding.vectors_on(axes), want, atol=1e-6)
+
+
 def test_score_is_the_mean_of_fine_and_upsampled_coarse_similarity(store):
     query, key = (matching.read_embedding(store, id) for id in "ab")
     point = np.array([[11, 6, 13]])

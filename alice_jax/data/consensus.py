@@ -67,14 +67,15 @@ def window(embedding: Embedding, point_zyx_vox: np.ndarray) -> Window:
     reach = np.rint(WINDOW_MM / (cell_mm * step)).astype(int)
     low = middle - step * np.minimum(reach, middle // step)
     counts = (middle - low) // step + 1 + np.minimum(reach, (grid - 1 - middle) // step)
-    cells = low + np.moveaxis(np.indices(counts), 0, -1).reshape(-1, 3) * step
-    vectors = embedding.vectors(cells)
+    axes = [first + np.arange(count) * jump for first, count, jump in zip(low, counts, step, strict=True)]
+    vectors = embedding.vectors_on(axes).reshape(np.prod(counts), -1)
     return Window(low, step, tuple(counts), vectors, in_body(vectors, codec))
 
 
 def best_cells(queries: np.ndarray, inside: Window) -> np.ndarray:
     """(n, 3) fine cells, as floats: the peak of each query's (n, 2·dims) scores in a window, refined by a parabola."""
-    scores = np.where(inside.body, queries @ inside.vectors.T, -np.inf)
+    scores = queries @ inside.vectors.T
+    scores += np.where(inside.body, np.float32(0), -np.inf)
     best = scores.argmax(axis=1)
     at, shape = np.stack(np.unravel_index(best, inside.shape_zyx), axis=1), np.array(inside.shape_zyx)
     jumps = np.array([[-1], [1]]) * (shape[1] * shape[2], shape[2], 1)  # to the cells before and behind on each axis
@@ -82,7 +83,7 @@ def best_cells(queries: np.ndarray, inside: Window) -> np.ndarray:
     rows = np.arange(len(best))[:, None, None]
     beside = scores[rows, np.where(within, best[:, None, None] + jumps, best[:, None, None])]
     beside = np.where(within & np.isfinite(beside), beside, np.nan)
-    offsets = peak_offsets(scores.max(axis=1), beside.swapaxes(1, 2).reshape(len(best), 6))
+    offsets = peak_offsets(scores[rows[:, 0, 0], best], beside.swapaxes(1, 2).reshape(len(best), 6))
     return inside.low_zyx + (at + offsets) * inside.step_zyx
 
 

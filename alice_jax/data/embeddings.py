@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy as np
 from alice_jax.data.codec import Codec, Level, fit_level, normalise, read_codec
 from alice_jax.data.foreground import body_share
 from alice_jax.data.store import Store
-from alice_jax.data.upsampling import corners, interpolation, strides, upsampled_slabs
+from alice_jax.data.upsampling import corners, on_lattice, upsampled_slabs
 from alice_jax.errors import UserError
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "embedded_by",
     "fit_level",
     "in_body",
-    "interpolation",
     "normalise",
     "read_codec",
     "read_embedding",
@@ -156,24 +155,35 @@ class Embedding:
         fine = self.codec.fine.decode(self.stored(cells_zyx))
         return np.concatenate([fine, self.coarse_at(cells_zyx)], axis=1, dtype=np.float32)
 
+    def vectors_on(self, axes_zyx: Sequence[np.ndarray]) -> np.ndarray:
+        """(z, y, x, 2·dims) of `vectors` at all combinations of fine cells along each axis."""
+        cells_zyx = np.stack(np.meshgrid(*axes_zyx, indexing="ij"), axis=-1)
+        fine = self.codec.fine.decode(self.stored(cells_zyx.reshape(-1, 3))).reshape(*cells_zyx.shape[:3], -1)
+        at_zyx = [
+            np.clip((cells + 0.5) * ratio - 0.5, 0, size - 1)
+            for cells, ratio, size in zip(axes_zyx, self.codec.ratios, self.coarse.shape, strict=False)
+        ]
+        coarse = normalise(on_lattice(self.coarse_vectors, at_zyx))
+        return np.concatenate([fine, coarse], axis=-1, dtype=np.float32)
+
     def vectors_at(self, points_zyx_vox: np.ndarray) -> np.ndarray:
         """(n, 2·dims) fp32 unit vectors at points (n, 3) between the cells' centres: trilinear, normalised again.
 
         Cells outside the body do not count; where all eight are, the fine half is zero.
         """
-        last = np.array(self.grid_zyx) - 1
-        at = np.clip((np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5, 0, last)
-        cells, weights = corners(at, last)
-        around = self.codec.fine.decode(self.stored(cells.reshape(-1, 3))).reshape(*weights.shape, -1)
-        fine = normalise(np.einsum("nk,nkc->nc", weights, around))
+        at = within((np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5, self.grid_zyx)
+        cells, weights = corners(at, self.grid_zyx)
+        cells_zyx = np.stack(np.unravel_index(cells.ravel(), self.grid_zyx), axis=1)
+        around = self.codec.fine.decode(self.stored(cells_zyx)).reshape(*weights.shape, -1)
+        fine = normalise(np.matmul(weights[:, None], around)[:, 0])
         return np.concatenate([fine, self.coarse_at(at)], axis=1, dtype=np.float32)
 
     def coarse_at(self, cells_zyx: np.ndarray) -> np.ndarray:
         """(n, dims) unit vectors at fine cells (n, 3), which may be fractions."""
-        last = np.array(self.coarse.shape[:3]) - 1
-        cells, weights = corners(np.clip((cells_zyx + 0.5) * self.codec.ratios - 0.5, 0, last), last)
-        around = self.coarse_vectors.reshape(-1, self.coarse.shape[-1])[cells @ strides(self.coarse)]
-        return normalise(np.einsum("nk,nkc->nc", weights, around))
+        grid, dims = self.coarse.shape[:3], self.coarse.shape[-1]
+        cells, weights = corners(within((cells_zyx + 0.5) * self.codec.ratios - 0.5, grid), grid)
+        around = self.coarse_vectors.reshape(-1, dims).take(cells, axis=0)
+        return normalise(np.matmul(weights[:, None], around)[:, 0])
 
     @cached_property
     def coarse_vectors(self) -> np.ndarray:
@@ -210,6 +220,11 @@ class Embedding:
             keys[rows, :dims] = self.codec.fine.decode(fine.reshape(-1, dims)[inside])
             keys[rows, dims:] = slab.reshape(plane, -1)[inside - z * plane]
         return keys
+
+
+def within(at_zyx: np.ndarray, grid_zyx: Triple) -> np.ndarray:
+    """Places (n, 3) moved onto a grid where they lie beyond the centres of its border cells."""
+    return np.minimum(np.maximum(at_zyx, 0), np.array(grid_zyx) - 1)
 
 
 def in_body(vectors: np.ndarray, codec: Codec) -> np.ndarray:

@@ -180,7 +180,7 @@ def _descend(vectors: np.ndarray, scores: np.ndarray, key: Embedding) -> tuple[n
     """
     codec, tree, dims = key.codec, key.codec.octree, len(key.codec.fine.step)
     parents = _good(scores)  # nodes; one of any level is cube · nodes of a cube + place in the cube
-    means = key.cube_vectors[parents]
+    means = key.cube_vectors.take(parents, axis=0)
     key.rows.load(parents)
     guided = vectors * codec.step
     for level, start in enumerate(tree.starts[:-1], 1):
@@ -188,7 +188,7 @@ def _descend(vectors: np.ndarray, scores: np.ndarray, key: Embedding) -> tuple[n
         nodes, rows = _children(parents, stored, tree.counts[level - 1])
         rows = rows.astype(np.float32)
         kept = _good(guided @ rows.T)
-        parents, means = nodes[kept], rows[kept] * codec.step
+        parents, means = nodes[kept], rows.take(kept, axis=0) * codec.step
     nodes, rows = _children(parents, key.cells, tree.counts[-2])
     rows = rows * codec.fine.step
     length = np.sqrt(np.einsum("nc,nc->n", rows, rows))

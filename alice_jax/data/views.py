@@ -113,7 +113,7 @@ class PairSampler:
     threshold: float = 0.7
     cycle_mm: float = 10.0
     agreeing: float = 0.1
-    tries_per_partner: int = 10
+    tries_per_partner: int = 5
     tries: int = 100
     weak: str = "keep"
     weak_weight: float = 0.25
@@ -238,7 +238,7 @@ class PairSampler:
     ) -> Iterator[Pair]:
         """Matches of `tries_per_partner` points of the query's body in a partner that shows the first of them.
 
-        The first is mostly accepted, so points are matched in batches of 1, 2, 4, …, as they are asked for.
+        The first is accepted most often, so it is matched alone, and the others together where they are asked for.
 
         foreground: the query's body mask.  keys: partners tried so far; the one drawn here is added.
         """
@@ -250,10 +250,7 @@ class PairSampler:
         key, fallback = self.partners.draw(query, place, rng, keys)
         keys.append(key)
         b = embeddings(self.scan_ids[key])
-        done = 0
-        while done < len(points):
-            batch = points[done : 2 * done + 1]
-            done += len(batch)
+        for batch in filter(len, (points[:1], points[1:])):
             found = matching.search(a, batch, b)
             cycles_mm = np.full(len(batch), np.nan)
             if (high := found.scores > self.threshold).any():
