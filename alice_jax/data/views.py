@@ -4,7 +4,7 @@ Everything is drawn from the generator that is handed in, so a sample is a pure 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -235,10 +235,10 @@ class PairSampler:
         rng: np.random.Generator,
         embeddings: Callable[[str], matching.Embedding],
         keys: list[int],
-    ) -> Iterator[Pair]:
+    ) -> list[Pair]:
         """Matches of `tries_per_partner` points of the query's body in a partner that shows the first of them.
 
-        The first is accepted most often, so it is matched alone, and the others together where they are asked for.
+        All are matched together: that takes hardly longer than one alone.
 
         foreground: the query's body mask.  keys: partners tried so far; the one drawn here is added.
         """
@@ -250,11 +250,12 @@ class PairSampler:
         key, fallback = self.partners.draw(query, place, rng, keys)
         keys.append(key)
         b = embeddings(self.scan_ids[key])
-        for batch in filter(len, (points[:1], points[1:])):
-            found = matching.search(a, batch, b)
-            cycles_mm = np.full(len(batch), np.nan)
-            if (high := found.scores > self.threshold).any():
-                cycles_mm[high] = matching.cycle_mm(a, batch[high], b, found.points_zyx_vox[high])
-            for point, match, score, cycle_mm in zip(batch, found.points_zyx_vox, found.scores, cycles_mm, strict=True):
-                key_point = np.rint(match).astype(int)
-                yield Pair(query, key, point, key_point, float(score), float(cycle_mm), fallback=fallback)
+        found = matching.search(a, points, b)
+        cycles_mm = np.full(len(points), np.nan)
+        if (high := found.scores > self.threshold).any():
+            cycles_mm[high] = matching.cycle_mm(a, points[high], b, found.points_zyx_vox[high])
+        key_points = np.rint(found.points_zyx_vox).astype(int)
+        return [
+            Pair(query, key, point, key_point, float(score), float(cycle_mm), fallback=fallback)
+            for point, key_point, score, cycle_mm in zip(points, key_points, found.scores, cycles_mm, strict=True)
+        ]
