@@ -25,7 +25,7 @@ from alice_jax import checkpoint, cli, host, tasks
 from alice_jax.data import embeddings
 from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
-from alice_jax.data.store import AIR_HU, Store
+from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
 
@@ -104,8 +104,8 @@ def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
 class WholeVolume:
     """`(fine, coarse) = whole(volume_hu)`: unit vectors of a whole scan as numpy arrays (z, y, x, features).
 
-    The grids are ceil(shape / stride). A volume is padded with air to a multiple of `ROUND` and, where it is too long
-    for `tile_bytes`, cut along z into tiles that overlap by what the network can see (at most `MARGIN`).
+    The grids are ceil(shape / stride). A volume is continued at its far ends to a multiple of `ROUND` and, where it is
+    too long for `tile_bytes`, cut along z into tiles that overlap by what the network can see (at most `MARGIN`).
 
     With `shifts` n the network sees n³ copies of the volume, each shifted by a part of a fine cell, and their fine
     cells interleave ("shift and stitch", Long et al., arXiv 1411.4038): cells n times finer, without another training.
@@ -134,9 +134,11 @@ class WholeVolume:
         """The network's own cells of a copy whose voxel v shows the volume's voxel v + offset."""
         reduce, shape, strides = self.embedder.reduce, volume_hu.shape, strides_zyx(self.embedder.network)
         multiple = [reduce * int(np.lcm(ROUND, s)) for s in strides[1]]
-        copy = np.full([-(-n // m) * m for n, m in zip(shape, multiple, strict=True)], AIR_HU, volume_hu.dtype)
-        seen = volume_hu[tuple(slice(max(o, 0), n + o) for n, o in zip(copy.shape, offset_zyx_vox, strict=True))]
-        copy[tuple(slice(max(-o, 0), max(-o, 0) + n) for n, o in zip(seen.shape, offset_zyx_vox, strict=True))] = seen
+        size = (-(-n // m) * m for n, m in zip(shape, multiple, strict=True))
+        # Beyond its borders the volume goes on as it ends: air would look like the end of the body.
+        copy = volume_hu[
+            np.ix_(*(np.clip(np.arange(c) + o, 0, n - 1) for n, o, c in zip(shape, offset_zyx_vox, size, strict=True)))
+        ]
         x = network_input(block_mean(copy, reduce), self.embedder.window_hu)
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for tile, keep in self._tiles(x.shape):

@@ -15,7 +15,7 @@ from test_matching import add_scan, make_codec, make_store
 from alice_jax import checkpoint, embed
 from alice_jax.data import codec as codec_module
 from alice_jax.data import embeddings, matching
-from alice_jax.data.store import AIR_HU, Store
+from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder
 
@@ -177,6 +177,14 @@ def test_reduced_voxels_widen_the_grids():
     assert fine.shape[:3] == (13, 16, 18) and coarse.shape[:3] == (7, 2, 3)
 
 
+def test_beyond_its_borders_a_volume_goes_on_as_it_ends(embedder):
+    volume = np.random.default_rng(0).integers(-500, 500, size=(50, 61, 70)).astype(np.int16)
+    whole = embed.WholeVolume(embedder)
+    continued = whole(np.pad(volume, [(0, 14), (0, 3), (0, 26)], mode="edge"))  # to multiples of 32
+    for level, longer in zip(whole(volume), continued, strict=True):
+        np.testing.assert_array_equal(level, longer[tuple(map(slice, level.shape))])
+
+
 def test_shifted_copies_interleave_into_finer_cells():
     """Cells of 8 voxels become cells of 4, each as the network sees it in a copy in which its centre is that of one."""
     volume = np.random.default_rng(0).integers(-500, 500, size=(64, 96, 90)).astype(np.int16)
@@ -187,9 +195,7 @@ def test_shifted_copies_interleave_into_finer_cells():
     np.testing.assert_allclose(np.linalg.norm(coarse, axis=-1), 1, rtol=1e-5)
     own = embed.WholeVolume(dataclasses.replace(embedder, shifts=1))
     # Finer cell 0 spans voxels 0 to 3: the network's cell 0 does so around its centre where two voxels lie before it.
-    np.testing.assert_allclose(
-        fine[::2, ::2, ::2], own(np.pad(volume, [(2, 0)] * 3, constant_values=AIR_HU))[0][:8, :12, :12]
-    )
+    np.testing.assert_allclose(fine[::2, ::2, ::2], own(np.pad(volume, [(2, 0)] * 3, mode="edge"))[0][:8, :12, :12])
     # Finer cell 1 spans voxels 4 to 7: so does the network's cell 0 where two voxels are cut off.
     np.testing.assert_allclose(fine[1::2, 1::2, 1::2], own(volume[2:, 2:, 2:])[0][:8, :12, :11])
 

@@ -181,6 +181,22 @@ def test_a_view_shows_what_its_positions_say(tmp_path, axis):
     np.testing.assert_allclose(sample["volumes"][0, ..., 0][inside], want[inside], atol=0.05)  # 0.8 HU
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2], ids="zyx")
+def test_beyond_its_borders_a_view_shows_how_the_scan_ends(tmp_path, axis):
+    slope = [0, 0, 0]
+    slope[axis] = 10
+    straight = Distortion(scale=(1, 1), noise_hu=0, blur_voxels=0)
+    draw = sampler(
+        ramp_store(tmp_path, slope=slope), shape_zyx=(32, 32, 32), fine_stride_zyx=(1, 1, 1), distortion=straight
+    )
+    sample = draw(0, np.random.default_rng(0))
+    position = sample["positions_mm"][0][..., axis] / 2  # voxels; the view is 64 of them long
+    length = (40, 48, 56)[axis]
+    assert position.min() < 0 or position.max() > length - 1
+    want = network_input(10 * np.clip(position, 0.5, length - 1.5) - 300)  # between the centres of the outer blocks
+    np.testing.assert_allclose(sample["volumes"][0, ..., 0], want, atol=0.05)
+
+
 def test_views_are_never_mirrored():
     distortion = Distortion(scale=(0.5, 2.0), rotation_degrees=30)
     for seed in range(20):

@@ -16,7 +16,7 @@ from alice_jax.errors import UserError
 
 Triple = tuple[int, int, int]
 CODEC_FILE = "embedder.json"
-FORMAT = 2
+FORMAT = 3
 EPSILON = 1e-12
 
 

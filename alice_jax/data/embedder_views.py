@@ -245,6 +245,10 @@ class EmbedderSampler:
         """The view's network input, fp32; reads only the part of the scan that it shows."""
         distortion = self.distortion
         positions = view.positions(tuple(np.arange(n, dtype=float) for n in self.shape_zyx))
+        # Beyond its borders a scan goes on as it ends, here and where it is embedded: air would look like anatomy.
+        border = (self.reduce - 1) / 2  # the centres of the outer blocks
+        last = np.array(self.store.scan(id).shape_zyx) - 1 - border
+        positions = np.clip(positions, border, last.astype(np.float32)[:, None, None, None])
         flat = positions.reshape(3, -1)
         low = self.reduce * (np.floor(flat.min(axis=1) / self.reduce).astype(int) - 1)
         blocks = np.ceil((flat.max(axis=1) - low) / self.reduce).astype(int) + 2
