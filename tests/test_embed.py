@@ -133,7 +133,7 @@ def test_embeddings_of_another_format_are_replaced(store, embedder):
     embed.embed_store(store, embedder)
     old = store.read_json("embedder.json")
     store.write_json("embedder.json", old | {"format": 1})
-    with pytest.raises(UserError, match=r"embeddings of format 1, this version reads 2; run .*embed again"):
+    with pytest.raises(UserError, match=r"embeddings of format 1, this version reads 3; run .*embed again"):
         matching.read_embedding(store, "a")
     assert embed.embed_store(store, embedder).codec.hash == old["hash"]
     assert matching.read_embedding(store, "a").shape_zyx == SHAPE
