@@ -1,6 +1,7 @@
 # Sourced by local.sh and test.sh: makes .venv in the project with Python 3.11 or newer, once for each requirements.txt.
+# shellcheck shell=bash
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
   local name
@@ -16,7 +17,8 @@ find_python() {
 
 # make_environment EXTRAS: installs the project with these extras, unless that was done for the same files.
 make_environment() {
-  local python stamp="$1 $(cat requirements.txt setup.cfg | cksum)"
+  local python stamp
+  stamp="$1 $(cat requirements.txt setup.cfg | cksum)"
   if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
     echo "making .venv with $("$python" --version)"
