@@ -9,6 +9,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # what is tested is compiled here and now
 
 import pytest  # noqa: E402
+from launch_desk import Desk  # noqa: E402
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """An empty folder in which stand-ins for the commands of the clouds answer."""
+    return Desk(tmp_path)
 
 
 def pytest_addoption(parser):
