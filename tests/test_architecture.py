@@ -11,8 +11,8 @@ SOURCES = sorted((ROOT / "alice_jax").rglob("*.py")) + sorted((ROOT / "configs")
 # Third-party package -> the files that may import it.
 ONLY_IN = {
     "grain": {"alice_jax/data/pipeline.py"},
-    "nibabel": {"alice_jax/data/readers.py"},
-    "SimpleITK": {"alice_jax/data/readers.py"},
+    "nibabel": {"alice_jax/data/nifti.py"},
+    "SimpleITK": {"alice_jax/data/dicom.py"},
     "tensorstore": {"alice_jax/data/store.py"},
     "orbax": {"alice_jax/checkpoint.py"},
     "tensorboardX": {"alice_jax/metrics.py"},

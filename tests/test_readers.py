@@ -14,8 +14,9 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import strategies as st
 
-from alice_jax.data import hounsfield, readers
+from alice_jax.data import dicom, hounsfield, readers
 from alice_jax.data.rejection import REMEDIES, Rejected
+from alice_jax.data.voxels import Stored
 
 AFFINE = np.array([[1.5, 0, 0, -30], [0, 1.5, 0, -20], [0, 0, 3, 100], [0, 0, 0, 1.0]])  # RAS
 
@@ -286,7 +287,7 @@ def broken_files(folder):
         add(f"cut {ending}", "truncated", folder / f"cut.{ending}")
         sitk.WriteImage(itk_image(), str(folder / f"cut_z.{ending}"), True)
         os.truncate(folder / f"cut_z.{ending}", 5000)
-        add(f"cut compressed {ending}", "truncated" if ending == "mha" else "unreadable", folder / f"cut_z.{ending}")
+        add(f"cut compressed {ending}", "truncated", folder / f"cut_z.{ending}")
         colour = sitk.Compose([sitk.Cast(itk_image(), sitk.sitkFloat32)] * 3)
         sitk.WriteImage(colour, str(folder / f"colour.{ending}"))
         add(f"colour {ending}", "several values per voxel", folder / f"colour.{ending}")
@@ -375,7 +376,7 @@ def test_a_cut_slice_and_files_that_are_no_images(tmp_path):
     os.truncate(paths[5], 1500)
     note = tmp_path / "note.dcm"
     note.write_bytes(b"\0" * 128 + b"DICM" + b"nothing")
-    series, rejected = readers.dicom_series([*paths, str(note)])
+    series, rejected = dicom.sort_series([*paths, str(note)])
     assert list(series) == ["1.2.3"] and {os.path.basename(path) for path, _ in rejected} >= {"note.dcm"}
     assert reason_of(tmp_path, series=series["1.2.3"]).name in ("unreadable", "uneven slices")
 
@@ -385,7 +386,7 @@ def test_several_series_are_told_apart(tmp_path):
     other = write_dicom(tmp_path / "t", itk_image(ct_like(seed=1)), uid="1.2")
     for path in other:
         os.rename(path, tmp_path / "s" / f"b{os.path.basename(path)}")
-    series, rejected = readers.dicom_series([str(path) for path in sorted((tmp_path / "s").iterdir())])
+    series, rejected = dicom.sort_series([str(path) for path in sorted((tmp_path / "s").iterdir())])
     assert {uid: len(files) for uid, files in series.items()} == {"1.1": 24, "1.2": 24} and not rejected
     np.testing.assert_array_equal(readers.read(tmp_path, series=series["1.2"]).hu_ijk, ct_like(seed=1))
 
@@ -419,7 +420,9 @@ def test_damaged_bytes_never_escape_as_anything_else(tmp_path_factory, ending):
     damaged()
 
 
-def test_hounsfield_does_not_depend_on_memory_layout():
-    hu = ct_like((40, 30, 20))
-    for view in (hu, np.asfortranarray(hu), hu[::-1, :, ::-1], hu.transpose(2, 0, 1)):
-        np.testing.assert_array_equal(hounsfield.to_hu(view), view)
+@pytest.mark.parametrize("piece", [1, 7, 4096, 2**20])
+def test_hounsfield_does_not_depend_on_the_size_of_pieces(piece):
+    hu = ct_like((20, 18, 16))
+    flat = hu.ravel(order="F")
+    pieces = (flat[first : first + piece] for first in range(0, flat.size, piece))
+    np.testing.assert_array_equal(hounsfield.to_hu(Stored(hu.shape, AFFINE, hu.dtype, pieces)), hu)

@@ -1,50 +1,43 @@
 """From a file's numbers to int16 Hounsfield units, or the reason why they are not HU."""
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 
 from alice_jax.data.rejection import Rejected
+from alice_jax.data.voxels import Stored
 
 AIR_HU = -1024
 _PADDING_HU = -1100  # scanners mark what lies outside their circle by values below any tissue, such as -2000 or -3024
 _LIMITS = np.iinfo(np.int16)
 
 
-def to_hu(raw: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> np.ndarray:
-    """Real numbers of any type -> int16 HU of the same shape, air and padding at -1024; else `Rejected`.
+def to_hu(stored: Stored) -> np.ndarray:
+    """Real numbers of any type -> int16 HU (i, j, k), air and padding at -1024; else `Rejected`.
 
-    Works in slabs: beside its input it needs the result and little more.
+    Works piece by piece: beside the result it needs little memory.
     """
-    result = np.empty_like(raw, dtype=np.int16, subok=False)
-    bad = 0
+    result = np.empty(math.prod(stored.shape_ijk), np.int16)
+    done = bad = 0
     low, high = np.inf, -np.inf
     counts = np.zeros(_LIMITS.max - _PADDING_HU + 1, np.int64)  # of each HU from _PADDING_HU upward
-    for source, target in zip(_slabs(raw), _slabs(result), strict=True):
-        plain = slope == 1 and intercept == 0 and source.dtype in (np.int16, np.int32)
-        values = source if plain else source * np.float64(slope) + intercept
+    for source in stored.pieces:
+        plain = stored.slope == 1 and stored.intercept == 0 and source.dtype in (np.int16, np.int32)
+        values = source if plain else source * np.float64(stored.slope) + stored.intercept
         if not plain:
             finite = np.isfinite(values)
             bad += values.size - int(np.count_nonzero(finite))
             values = values if finite.all() else np.where(finite, values, 0)
             values = np.rint(values.clip(-1e6, 1e6))
         low, high = min(low, float(values.min())), max(high, float(values.max()))
-        target[...] = values.clip(AIR_HU, _LIMITS.max)
+        result[done : done + len(values)] = values.clip(AIR_HU, _LIMITS.max)
+        done += len(values)
         inside = values.clip(_PADDING_HU, _LIMITS.max).astype(np.intp) - _PADDING_HU
-        counts += np.bincount(inside.ravel(), minlength=len(counts))
+        counts += np.bincount(inside, minlength=len(counts))
     if bad:
-        raise Rejected("NaN or infinite voxels", f"{bad} of {raw.size}")
+        raise Rejected("NaN or infinite voxels", f"{bad} of {result.size}")
     _check_ct(counts, low, high)
-    return result
-
-
-def _slabs(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Views of about a million voxels along the slowest axis in memory."""
-    slowest = int(np.argmax(np.abs(array.strides)))
-    step = max(1, 2**20 * array.shape[slowest] // max(array.size, 1))
-    along = np.moveaxis(array, slowest, 0)
-    for start in range(0, len(along), step):
-        yield along[start : start + step]
+    return result.reshape(stored.shape_ijk, order="F")
 
 
 def _check_ct(counts: np.ndarray, low: float, high: float) -> None:

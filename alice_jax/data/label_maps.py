@@ -19,6 +19,7 @@ from alice_jax.data import geometry, readers
 from alice_jax.data.rejection import Rejected
 from alice_jax.data.scan import Scan
 from alice_jax.data.store import Store
+from alice_jax.data.voxels import Stored
 from alice_jax.errors import UserError
 
 
@@ -122,8 +123,9 @@ def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> 
     return LabelMap.of(stored, names, at_the_edge(codes))
 
 
-def _scaled(raw: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    return raw if (slope, intercept) == (1, 0) else raw * np.float64(slope) + intercept
+def _scaled(stored: Stored) -> np.ndarray:
+    raw = np.concatenate(list(stored.pieces)).reshape(stored.shape_ijk, order="F")
+    return raw if (stored.slope, stored.intercept) == (1, 0) else raw * np.float64(stored.slope) + stored.intercept
 
 
 def from_store(store: Store, id: str) -> LabelMap | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from alice_jax.data import foreground, geometry, readers
+from alice_jax.data import dicom, foreground, geometry, readers, voxels
 from alice_jax.data.rejection import Rejected
 from alice_jax.data.scan import Scan
 from alice_jax.data.sources import COMPANIONS, Source
@@ -42,7 +42,7 @@ def prepare_scan(
     >>> scan, volume, body = prepare_scan("patient_7/ct.nii.gz")  # doctest: +SKIP
     """
     if os.path.isdir(path) and not series:
-        found, _ = readers.dicom_series(sorted(str(file) for file in Path(path).iterdir() if file.is_file()))
+        found, _ = dicom.sort_series(sorted(str(file) for file in Path(path).iterdir() if file.is_file()))
         if len(found) != 1:
             raise Rejected("not a volume", f"a folder with {len(found)} DICOM series; name one file or one series")
         series = next(iter(found.values()))
@@ -66,7 +66,7 @@ def _place(image: readers.Image, spacing_mm: float) -> _Placed:
     size = f"{grid.shape_zyx} voxels (z, y, x) at {spacing_mm:g} mm"
     if min(grid.shape_zyx) < MIN_VOXELS:
         raise Rejected("too small", size)
-    if max(grid.shape_zyx) * spacing_mm > MAX_EXTENT_MM or math.prod(grid.shape_zyx) > readers.MAX_VOXELS:
+    if max(grid.shape_zyx) * spacing_mm > MAX_EXTENT_MM or math.prod(grid.shape_zyx) > voxels.MAX_VOXELS:
         raise Rejected("too large", size)
     return _Placed(image, view, affine_lps, grid, _content_hash(view, affine_lps))
 
@@ -137,7 +137,7 @@ def prepare_source(store: Store, source: Source, known: Mapping[str, str]) -> li
         return [Outcome(source.path, reason=source.problem)]
     if not source.files:
         return [_into_store(store, source, known)]
-    series, rejected = readers.dicom_series(source.files)
+    series, rejected = dicom.sort_series(source.files)
     outcomes = [Outcome(path, reason=reason) for path, reason in rejected]
     for uid, files in sorted(series.items()):
         one = dataclasses.replace(source, files=tuple(files))
