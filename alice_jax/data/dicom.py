@@ -15,6 +15,8 @@ from alice_jax.data import geometry, voxels
 from alice_jax.data.rejection import Rejected
 from alice_jax.data.voxels import Stored
 
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax that may unpack to any size, and is unpacked at once
+
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
@@ -50,9 +52,12 @@ def _read_slice_header(path: str) -> _Slice:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(path)
     try:
+        with open(path, "rb") as file:
+            if DEFLATED in file.read(2**10):
+                raise Rejected("unreadable", "a deflated DICOM file; save it in another transfer syntax")
         with _silence():
             reader.ReadImageInformation()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise Rejected("unreadable", f"not a DICOM image: {last_words(error)}") from error
 
     def text(tag: str) -> str:

@@ -17,7 +17,7 @@ from alice_jax.errors import UserError
 ENDINGS = (".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd")
 DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
 COMPANIONS = (".img", ".img.gz", ".raw", ".zraw", ".raw.gz")  # voxels of a .hdr, .mhd or .nhdr
-LIST_ENDINGS = (".txt", ".lst", ".list")
+MAX_TEXT_BYTES = 2**26  # of a dataset.json or a list of paths
 # Names that say nothing: the folder names the scan, and is the folder of one patient.
 GENERIC = ("ct", "image", "img", "imaging", "volume", "vol", "scan", "data", "ct_image", "orig", "original")
 
@@ -141,7 +141,7 @@ def _add_named(path: Path, found: Found, skip: str) -> None:
 def _list_entries(path: Path) -> Iterator[Path]:
     """Paths of a list: one per line, relative to the list; `#` starts a comment line."""
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.stat().st_size < 2**28 else "\0"
+        text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_TEXT_BYTES else "\0"
     except (OSError, UnicodeDecodeError):
         text = "\0"
     if "\0" in text:
@@ -157,7 +157,11 @@ def _list_entries(path: Path) -> Iterator[Path]:
 def _add_dataset(folder: Path, found: Found) -> bool:
     """Adds the images of an nnU-Net or Decathlon data set, not its labels; False if the file describes none."""
     path = folder / "dataset.json"
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"more than {MAX_TEXT_BYTES} bytes")
         with open(path, encoding="utf-8") as file:
             dataset = json.load(file)
     except (OSError, ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """What all file formats share: a header's claims are checked before memory is asked for, and voxels come in pieces.
 
 A header says how many voxels there are, of what type and where in the file. That is compared with the size of the file,
-and the numbers are then read and unpacked a million at a time, so that no file, however it was made, takes more memory
+and the numbers are then read and unpacked piece by piece, so that no file, however it was made, takes much more memory
 than the volume that comes out of it.
 """
 
@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 2**26
 MAX_RATIO = 1032  # of unpacked to packed bytes: deflate cannot do better
 SPACING_MM = (0.1, 20.0)
 MAX_ORIGIN_MM = 1e6  # single precision, in which headers have it, still tells a tenth of a millimetre there
-PIECE = 2**20  # numbers, or bytes, held at once
+PIECE = 2**18  # numbers, or bytes, held at once
 
 
 @dataclasses.dataclass(frozen=True)
