@@ -13,7 +13,7 @@ ONLY_IN = {
     "grain": {"alice_jax/data/pipeline.py"},
     "nibabel": {"alice_jax/data/nifti.py"},
     "SimpleITK": {"alice_jax/data/dicom.py"},
-    "tensorstore": {"alice_jax/data/store.py"},
+    "tensorstore": {"alice_jax/data/files.py", "alice_jax/data/store.py"},
     "orbax": {"alice_jax/checkpoint.py"},
     "tensorboardX": {"alice_jax/metrics.py"},
 }

@@ -18,6 +18,12 @@ from alice_jax.errors import UserError
 SHAPE = (70, 45, 90)
 
 
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """Damage does not heal here."""
+    monkeypatch.setattr("alice_jax.data.store.WAITS_S", ())
+
+
 def make_scan(id="case", shape=SHAPE, **changes) -> Scan:
     scan = Scan(
         id=id,

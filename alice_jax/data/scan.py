@@ -36,7 +36,8 @@ class Scan:
         try:
             values: dict[str, Any] = {field.name: _tuples(record[field.name]) for field in dataclasses.fields(Scan)}
             scan = Scan(**values)
-            scan.affine_lps  # noqa: B018 - a geometry that cannot be used is found here
+            if not np.isfinite(scan.affine_lps).all():
+                raise ValueError("its geometry is not finite")
             return scan
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{what}: is damaged ({error}); prepare this scan again") from error

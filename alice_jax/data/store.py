@@ -18,14 +18,16 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from alice_jax.data import geometry, zarr
+from alice_jax.data import files, geometry, zarr
+from alice_jax.data.files import Files
 from alice_jax.data.scan import Scan
 from alice_jax.errors import UserError
 
@@ -36,15 +38,7 @@ HANDLES = 256  # open arrays kept for reuse
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED = ("volume", "foreground")
 
-# One for the process: TensorStore's cache, its thread limits and `memory://` live in a context.
-_CONTEXT = ts.Context(
-    {
-        "cache_pool": {"total_bytes_limit": 64 << 20},
-        "data_copy_concurrency": {"limit": 2},
-        "file_io_concurrency": {"limit": 8},
-    }
-)
-_ERRORS = (ValueError, OSError, KeyError, TypeError, IndexError)  # what TensorStore and JSON raise on a bad store
+WAITS_S = (0.5, 2.0)  # before an array is read again: a mount may be gone for a moment, or a scan just be replaced
 
 
 class Store:
@@ -63,7 +57,7 @@ class Store:
         self._lock = threading.Lock()
         self._handles: collections.OrderedDict[str, ts.TensorStore] = collections.OrderedDict()
         self._scans: dict[str, Scan] = {}
-        self._kvstore = _open_kvstore(self.path)
+        self._files = Files(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "manifest": self.manifest}
@@ -77,8 +71,8 @@ class Store:
     @staticmethod
     def open(path: str | os.PathLike) -> "Store":
         """Opens an existing store."""
-        path = _normalised(path)
-        manifest = _read_json(_open_kvstore(path), "manifest.json", f"store {path}")
+        path = files.normalised(path)
+        manifest = Files(path).read_json("manifest.json", f"store {path}")
         if manifest is None:
             raise UserError(f"store {path}: no manifest.json there; make a store with `python -m alice_jax.prepare`")
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -95,13 +89,12 @@ class Store:
         path: str | os.PathLike, spacing_zyx_mm: Sequence[float], extra: dict[str, Any] | None = None
     ) -> "Store":
         """Makes a store, or opens the one that is there if it has the same spacing and extra settings."""
-        path = _normalised(path)
+        path = files.normalised(path)
         settings = {"spacing_zyx_mm": [float(s) for s in spacing_zyx_mm], "extra": extra or {}}
-        kvstore = _open_kvstore(path)
-        if _read_json(kvstore, "manifest.json", f"store {path}") is None:
-            _refuse_foreign_folder(path)
+        if Files(path).read_json("manifest.json", f"store {path}") is None:
+            files.refuse_foreign_folder(path)
             manifest = {"format": FORMAT, "version": VERSION, "frame": FRAME, **settings}
-            _write_json(kvstore, "manifest.json", manifest, f"store {path}")
+            Files(path).write_json("manifest.json", manifest, f"store {path}")
         store = Store.open(path)
         for name, wanted in settings.items():
             if store.manifest.get(name) != json.loads(json.dumps(wanted)):
@@ -117,14 +110,14 @@ class Store:
         """The complete scans, sorted."""
         return sorted(
             key[len("scans/") : -len("/scan.json")]
-            for key in self._list("scans/")
+            for key in self._files.list("scans/")
             if key.endswith("/scan.json") and key.count("/") == 2
         )
 
     def scan(self, id: str) -> Scan:
         """The description of one scan."""
         if id not in self._scans:
-            record = _read_json(self._kvstore, f"scans/{_checked(id)}/scan.json", f"scan {id}")
+            record = self._files.read_json(f"scans/{_checked(id)}/scan.json", f"scan {id}")
             if record is None:
                 near = difflib.get_close_matches(id, self.ids(), n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -138,7 +131,7 @@ class Store:
         `volume` int16 (z, y, x); `foreground` bool, shape ceil(z/2), ceil(y/2), ceil(x/2): cell i covers the voxels
         2i and 2i + 1.
         """
-        half = tuple(-(-n // 2) for n in scan.shape_zyx)
+        half = _half(scan.shape_zyx)
         assert volume.dtype == np.int16 and volume.shape == tuple(scan.shape_zyx), (volume.dtype, volume.shape)
         assert foreground.shape == half, (foreground.shape, half)
         self.delete_scan(scan.id)
@@ -149,7 +142,7 @@ class Store:
     def update_scan(self, scan: Scan) -> None:
         """Writes the description of a scan alone, its arrays being in place."""
         key = f"scans/{_checked(scan.id)}/scan.json"
-        _write_json(self._kvstore, key, dataclasses.asdict(scan), f"scan {scan.id}")
+        self._files.write_json(key, dataclasses.asdict(scan), f"scan {scan.id}")
         self._scans.pop(scan.id, None)
 
     def delete_scan(self, id: str) -> None:
@@ -159,11 +152,8 @@ class Store:
             self._scans.pop(id, None)
             for key in [key for key in self._handles if key.startswith(prefix)]:
                 del self._handles[key]
-        try:
-            self._kvstore.delete_range(ts.KvStore.KeyRange(prefix + "scan.json", prefix + "scan.json\0")).result()
-            self._kvstore.delete_range(_prefix_range(prefix)).result()
-        except _ERRORS as error:
-            raise UserError(f"scan {id}: cannot be replaced in the store {self.path}: {error}") from error
+        self._files.delete(prefix + "scan.json", f"scan {id}")
+        self._files.delete(prefix, f"scan {id}")
 
     def read_volume(self, id: str) -> np.ndarray:
         """int16 HU (z, y, x), the whole of it."""
@@ -199,18 +189,18 @@ class Store:
 
     def has_array(self, id: str, name: str) -> bool:
         """Whether the array is there, completely written."""
-        prefix = f"scans/{_checked(id)}/{_checked(name)}/"
-        keys = [key.removeprefix(prefix) for key in self._list(prefix)]
+        prefix = _key(id, name)
+        keys = [key.removeprefix(prefix) for key in self._files.list(prefix)]
         # The metadata is written first and the only shard last, in one atomic step.
         return "zarr.json" in keys and any(key.startswith("c/") and "__lock" not in key for key in keys)
 
     def read_array(self, id: str, name: str) -> np.ndarray:
         """A whole array of a scan."""
-        return self._read(id, name, ())
+        return self._read(id, name, lambda handle: handle.read().result())
 
     def read_rows(self, id: str, name: str, rows: np.ndarray) -> np.ndarray:
         """The rows (n,) of an array's first axis, in this order."""
-        return self._read(id, name, (rows,))
+        return self._read(id, name, lambda handle: handle[rows].read().result())
 
     def read_array_region(
         self, id: str, name: str, start: Sequence[int], shape: Sequence[int], fill: float = 0
@@ -219,43 +209,24 @@ class Store:
 
         `start` and `shape` may name only the leading axes; the others are read whole.
         """
-        whole = self._handle(id, name).shape
-        start = tuple(int(n) for n in start) + (0,) * (len(whole) - len(start))
-        shape = tuple(int(n) for n in shape) + tuple(whole[len(shape) :])
-        low = [min(max(s, 0), n) for s, n in zip(start, whole, strict=True)]
-        high = [max(min(s + size, n), lo) for s, size, n, lo in zip(start, shape, whole, low, strict=True)]
-        inside = self._read(id, name, tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True)))
-        if inside.shape == shape:
-            return inside
-        region = np.full(shape, fill, inside.dtype)
-        if inside.size:
-            region[tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))] = inside
-        return region
+        return self._read(id, name, lambda handle: _region(handle, start, shape, fill))
 
     # ---------------------------------------------------------------- side files
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file of the whole store, for example embedder.json."""
-        _write_json(self._kvstore, _checked(name), value, f"store {self.path}")
+        self._files.write_json(_checked(name), value, f"store {self.path}")
 
     def read_json(self, name: str) -> Any:
         """Reads a file of the whole store; None if there is none."""
-        return _read_json(self._kvstore, _checked(name), f"store {self.path}")
+        return self._files.read_json(_checked(name), f"store {self.path}")
 
     def settle_json(self, name: str, old: Any, new: Any) -> Any:
         """Writes `new` if the file still holds `old` (None: is not there), and returns what it holds then.
 
         Of several processes that read the same `old`, the first one writes and all get what it wrote.
         """
-        what = f"store {self.path}"
-        try:
-            before = self._kvstore.read(_checked(name)).result()
-            if (None if before.state == "missing" else json.loads(before.value)) == old:
-                value = json.dumps(new, indent=1, allow_nan=False).encode()
-                self._kvstore.write(name, value, if_equal=before.stamp.generation).result()
-        except _ERRORS as error:
-            raise UserError(f"{what}: {name} cannot be written: {error}") from error
-        return _read_json(self._kvstore, name, what)
+        return self._files.settle_json(_checked(name), old, new, f"store {self.path}")
 
     # ---------------------------------------------------------------- points
 
@@ -278,109 +249,104 @@ class Store:
 
     # ---------------------------------------------------------------- inside
 
-    def _list(self, prefix: str) -> list[str]:
-        try:
-            return [key.decode() for key in self._kvstore.list(_prefix_range(prefix)).result()]
-        except _ERRORS as error:
-            raise UserError(f"store {self.path}: cannot be listed: {error}") from error
-
     def _write(self, id: str, name: str, array: np.ndarray, fill: int, chunks: Sequence[int] | None = None) -> None:
-        key = f"scans/{_checked(id)}/{_checked(name)}/"
-        with self._lock:
-            self._handles.pop(key, None)
+        key = _key(id, name)
+        self._forget(key)
+        self._files.delete(key, f"scan {id}")
+        spec = {**self._spec(key), "metadata": zarr.metadata(array, fill, chunks)}
         try:
-            self._kvstore.delete_range(_prefix_range(key)).result()
-            handle = ts.open(
-                {**self._spec(key), "metadata": zarr.metadata(array, fill, chunks)}, create=True, context=_CONTEXT
-            ).result()
+            handle = ts.open(spec, create=True, context=files.CONTEXT).result()
             handle.write(np.ascontiguousarray(array)).result()
-        except _ERRORS as error:
-            raise UserError(f"scan {id}: {name} cannot be written to the store {self.path}: {error}") from error
+        except files.ERRORS as error:
+            message = f"scan {id}: {name} cannot be written to the store {self.path}: {files.told(error)}"
+            raise UserError(message) from error
 
-    def _handle(self, id: str, name: str) -> ts.TensorStore:
-        key = f"scans/{_checked(id)}/{_checked(name)}/"
+    def _read(self, id: str, name: str, use: Callable[[ts.TensorStore], np.ndarray]) -> np.ndarray:
+        """What `use` reads from an array, in a second and a third try if need be."""
+        key = _key(id, name)
+        for wait_s in (*WAITS_S, None):
+            try:
+                return use(self._handle(id, name, key))
+            except UserError:  # of scan.json
+                raise
+            except files.ERRORS as error:
+                self._forget(key)
+                if wait_s is None or files.out_of_reach(error):
+                    raise self._failed(id, name, error) from error
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _handle(self, id: str, name: str, key: str) -> ts.TensorStore:
         with self._lock:
             if key in self._handles:
                 self._handles.move_to_end(key)
                 return self._handles[key]
-        try:
-            handle = ts.open(self._spec(key), open=True, read=True, context=_CONTEXT).result()
-        except _ERRORS as error:
-            raise self._damaged(id, name, error) from error
+        handle = ts.open(self._spec(key), open=True, read=True, context=files.CONTEXT).result()
+        self._check(id, name, handle)
         with self._lock:
             self._handles[key] = handle
             if len(self._handles) > HANDLES:
                 self._handles.popitem(last=False)
         return handle
 
-    def _read(self, id: str, name: str, region: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-        handle = self._handle(id, name)
-        try:
-            return handle[region].read().result() if region else handle.read().result()
-        except _ERRORS as error:
-            raise self._damaged(id, name, error) from error
+    def _check(self, id: str, name: str, handle: ts.TensorStore) -> None:
+        """zarr.json has no checksum of its own: what it says must fit its one shard, and scan.json."""
+        if name in RESERVED:
+            shape = self.scan(id).shape_zyx
+            wanted = (shape, np.int16) if name == "volume" else (_half(shape), np.uint8)
+            if (handle.shape, handle.dtype.numpy_dtype) != wanted:
+                raise ValueError(f"it holds {handle.shape} {handle.dtype.name}, where the scan has {shape}")
+        shard = np.array(handle.chunk_layout.write_chunk.shape)
+        if (np.array(handle.shape) > shard).any():
+            raise ValueError(f"zarr.json says {handle.shape}, more than its shard of {tuple(shard)}")
 
-    def _damaged(self, id: str, name: str, error: Exception) -> UserError:
-        where = f"{self.path}/scans/{id}/{name}"
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            self._handles.pop(key, None)
+
+    def _failed(self, id: str, name: str, error: Exception) -> UserError:
+        folder = f"{self.path}/scans/{id}"
+        if files.out_of_reach(error):
+            return UserError(
+                f"scan {id}: {folder}/{name} is out of reach ({files.told(error)}); "
+                "run the same command again when the server answers"
+            )
         return UserError(
-            f"scan {id}: {where} is missing or damaged ({str(error)[:300]}); "
-            f"remove the folder {self.path}/scans/{id} and prepare this scan again"
+            f"scan {id}: {folder}/{name} is missing or damaged ({files.told(error)}); "
+            f"remove the folder {folder} and prepare this scan again"
         )
 
     def _spec(self, key: str) -> dict[str, Any]:
-        kvstore = self._kvstore.spec().to_json()
         return {
             "driver": "zarr3",
-            "kvstore": {**kvstore, "path": kvstore.get("path", "") + key},
+            "kvstore": self._files.spec(key),
             "store_data_equal_to_fill_value": True,  # with the next line: a lost chunk is an error, never air
             "fill_missing_data_reads": False,
             "recheck_cached_data": "open",
         }
 
 
-# -------------------------------------------------------------------- files
+def _region(handle: ts.TensorStore, start: Sequence[int], shape: Sequence[int], fill: float) -> np.ndarray:
+    whole = handle.shape
+    start = tuple(int(n) for n in start) + (0,) * (len(whole) - len(start))
+    shape = tuple(int(n) for n in shape) + tuple(whole[len(shape) :])
+    low = [min(max(s, 0), n) for s, n in zip(start, whole, strict=True)]
+    high = [max(min(s + size, n), lo) for s, size, n, lo in zip(start, shape, whole, low, strict=True)]
+    inside = handle[tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))].read().result()
+    if inside.shape == shape:
+        return inside
+    region = np.full(shape, fill, inside.dtype)
+    if inside.size:
+        region[tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))] = inside
+    return region
 
 
-def _normalised(path: str | os.PathLike) -> str:
-    path = os.fspath(path)
-    return path.rstrip("/") if "://" in path else os.path.abspath(os.path.expanduser(path))
+def _half(shape_zyx: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-n // 2) for n in shape_zyx)
 
 
-def _open_kvstore(path: str) -> ts.KvStore:
-    spec = f"{path}/" if "://" in path else {"driver": "file", "path": f"{path}/"}
-    try:
-        return ts.KvStore.open(spec, context=_CONTEXT).result()
-    except _ERRORS as error:
-        raise UserError(f"store {path}: cannot be opened: {error}") from error
-
-
-def _refuse_foreign_folder(path: str) -> None:
-    """A typing mistake must not scatter a store among somebody's files."""
-    if "://" in path or not os.path.lexists(path):
-        return
-    if not os.path.isdir(path):
-        raise UserError(f"store {path}: is a file; name a folder")
-    if any(not name.startswith((".", "manifest.json.")) for name in os.listdir(path)):
-        raise UserError(f"store {path}: the folder holds other files and no store; name a new or an empty folder")
-
-
-def _read_json(kvstore: ts.KvStore, key: str, what: str) -> Any:
-    try:
-        result = kvstore.read(key).result()
-        return None if result.state == "missing" else json.loads(result.value)
-    except _ERRORS as error:
-        raise UserError(f"{what}: {key} cannot be read: {error}") from error
-
-
-def _write_json(kvstore: ts.KvStore, key: str, value: Any, what: str) -> None:
-    try:
-        kvstore.write(key, json.dumps(value, indent=1, allow_nan=False).encode()).result()
-    except _ERRORS as error:
-        raise UserError(f"{what}: {key} cannot be written: {error}") from error
-
-
-def _prefix_range(prefix: str) -> ts.KvStore.KeyRange:
-    return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
+def _key(id: str, name: str) -> str:
+    return f"scans/{_checked(id)}/{_checked(name)}/"
 
 
 def _checked(name: str) -> str:
