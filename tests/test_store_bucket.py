@@ -1,5 +1,6 @@
 """A store in a bucket, against a small stand-in for Google's server that counts what is read."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -8,8 +9,6 @@ import subprocess
 import sys
 import threading
 import urllib.parse
-
-import pytest
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -90,32 +89,37 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         self.reply(204 if self.objects.pop(self.parse()[0], None) is not None else 404)
 
 
-@pytest.fixture
-def bucket_url():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+@contextlib.contextmanager
+def serve(handler):
+    """The address of a server that runs meanwhile."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-def test_a_store_in_a_bucket(bucket_url):
-    def run(code):
-        paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": bucket_url, "PYTHONPATH": paths}
-        args = [sys.executable, "-c", COMMON + code]
-        done = subprocess.run(args, env=environment, capture_output=True, encoding="utf-8", timeout=120)
-        assert done.returncode == 0, done.stderr
+def run(code, url, **variables) -> str:
+    """What a process that takes the server for Google's prints."""
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = os.environ | {"TENSORSTORE_GCS_HTTP_URL": url, "PYTHONPATH": paths} | variables
+    args = [sys.executable, "-c", COMMON + code]
+    done = subprocess.run(args, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    run(WRITE)
-    assert {key.split("some/store/")[1] for key in Bucket.objects} == {
-        "manifest.json",
-        "side.json",
-        "scans/c/scan.json",
-        *(f"scans/c/{name}/{file}" for name in ("volume", "foreground") for file in ("zarr.json", "c/0/0/0")),
-    }
-    whole = next(len(data) for key, data in Bucket.objects.items() if key.endswith("volume/c/0/0/0"))
-    Bucket.read_bytes = 0
-    run(READ)
-    assert 0 < Bucket.read_bytes < whole / 50  # one chunk of 125 and the index
-    run(REPLACE)
-    assert not any("/scans/" in key for key in Bucket.objects)
+
+def test_a_store_in_a_bucket():
+    with serve(Bucket) as url:
+        run(WRITE, url)
+        assert {key.split("some/store/")[1] for key in Bucket.objects} == {
+            "manifest.json",
+            "side.json",
+            "scans/c/scan.json",
+            *(f"scans/c/{name}/{file}" for name in ("volume", "foreground") for file in ("zarr.json", "c/0/0/0")),
+        }
+        whole = next(len(data) for key, data in Bucket.objects.items() if key.endswith("volume/c/0/0/0"))
+        Bucket.read_bytes = 0
+        run(READ, url)
+        assert 0 < Bucket.read_bytes < whole / 50  # one chunk of 125 and the index
+        run(REPLACE, url)
+        assert not any("/scans/" in key for key in Bucket.objects)
