@@ -224,7 +224,7 @@ def _print_report(
     for name, outcomes in by_reason.items():
         print(f"\nquarantined, {name} ({len(outcomes)}): {REMEDIES[name]}")
         for outcome in outcomes:
-            print(f"  {outcome.file}: {outcome.reason.detail if outcome.reason else ''}")
+            print(_printable(f"  {outcome.file}: {outcome.reason.detail if outcome.reason else ''}"))
     if scans:
         print(f"\n{cohort.summary(store, scans)}")
     kept = sum(outcome.kept for outcome in prepared)
@@ -237,6 +237,11 @@ def _print_report(
     )
     if not prepared:
         print("error: nothing was prepared; see the reasons above", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    """File names may hold line ends, and codes that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
 
 
 def _write_json(path: Path, prepared: Sequence[Outcome], scans: Sequence[Scan], quarantined: Sequence[Outcome]) -> None:

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
+from test_readers import AFFINE, broken_files, ct_like, itk_image, write_dicom, write_nifti
 
 from alice_jax import prepare as command
 from alice_jax.data import sources
@@ -257,7 +257,37 @@ def test_a_strange_dataset_json_does_not_stop_the_search(tmp_path, text):
     assert code == 0 and ids(report) in (["a"], ["imagesTr-a"])
 
 
+def test_a_dataset_json_that_is_a_pipe_is_not_waited_for(tmp_path):
+    write_nifti(tmp_path / "d" / "a.nii.gz", ct_like())
+    os.mkfifo(tmp_path / "d" / "dataset.json")
+    assert ids(report_of(tmp_path, tmp_path / "d")[1]) == ["a"]
+
+
+def test_a_dataset_json_of_gigabytes_is_not_read(tmp_path):
+    write_nifti(tmp_path / "d" / "a.nii.gz", ct_like())
+    (tmp_path / "d" / "dataset.json").write_text("{}")
+    os.truncate(tmp_path / "d" / "dataset.json", 2**32)
+    code, report = report_of(tmp_path, tmp_path / "d")
+    assert code == 0 and ids(report) == ["a"] and reasons(report) == {"dataset.json": "unreadable"}
+
+
 # ---------------------------------------------------------------- outcomes
+
+
+def test_every_broken_file_has_its_reason_and_the_others_are_prepared(tmp_path):
+    cases = broken_files(tmp_path / "in")
+    code, report = report_of(tmp_path, tmp_path / "in")
+    wanted = {path.name: reason for path, reason in cases.values() if path.suffix != ".png"}
+    assert code == 0 and ids(report) == ["good"] and reasons(report) == wanted
+
+
+def test_names_cannot_write_on_the_terminal(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "two\nlines \x1b[31mred.nii.gz").write_bytes(b"")
+    os.symlink("no\nwhere\x1b[31m", tmp_path / "in" / "link.nii")
+    report_of(tmp_path, tmp_path / "in")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and r"two\nlines \x1b[31mred.nii.gz: the file is empty" in printed
 
 
 def test_duplicates_by_content(tmp_path):

@@ -198,7 +198,7 @@ def test_a_tilted_gantry_is_in_the_affine(tmp_path):
 
 
 def broken_files(folder):
-    """{case: (path, name of the reason)} of one file each."""
+    """{case: (path, name of the reason)} of one file each; good.nii lies among them."""
     hu = ct_like()
     cases = {}
 
