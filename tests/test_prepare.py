@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_readers import AFFINE, broken_files, ct_like, itk_image, write_dicom, write_nifti
+from test_bad_files import broken_files
+from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
 from alice_jax import prepare as command
 from alice_jax.data import sources
