@@ -234,3 +234,5 @@ def test_hounsfield_does_not_depend_on_the_size_of_pieces(piece):
     flat = hu.ravel(order="F")
     pieces = (flat[first : first + piece] for first in range(0, flat.size, piece))
     np.testing.assert_array_equal(hounsfield.to_hu(Stored(hu.shape, AFFINE, hu.dtype, pieces)), hu)
+    with pytest.raises(EOFError, match="5759 of 5760 voxels"):
+        hounsfield.to_hu(Stored(hu.shape, AFFINE, hu.dtype, iter([flat[1:]])))

@@ -295,9 +295,11 @@ def arranged(codec: Codec, fine: np.ndarray, body: np.ndarray, coarse: np.ndarra
 
 def embedded_by(store: Store, id: str) -> str | None:
     """Hash of the codec that a scan was embedded by; None where it was not, or not completely."""
+    if not store.has_array(id, HASH):  # and would be waited for
+        return None
     try:
         value = store.read_array(id, HASH).tobytes().hex()
-    except UserError:  # not there, or damaged: in either case to be embedded (again)
+    except UserError:  # damaged: to be embedded again
         return None
     return value if int(value, 16) else None
 

@@ -34,6 +34,8 @@ def to_hu(stored: Stored) -> np.ndarray:
         done += len(values)
         inside = values.clip(_PADDING_HU, _LIMITS.max).astype(np.intp) - _PADDING_HU
         counts += np.bincount(inside, minlength=len(counts))
+    if done < result.size:
+        raise EOFError(f"{done} of {result.size} voxels are there")
     if bad:
         raise Rejected("NaN or infinite voxels", f"{bad} of {result.size}")
     _check_ct(counts, low, high)

@@ -18,29 +18,17 @@ from alice_jax.data.voxels import Place, Stored
 ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 MAX_TEXT_BYTES = 2**16
 
-_NRRD_TYPES = {
-    "i1": "signed char|int8|int8_t",
-    "u1": "uchar|unsigned char|uint8|uint8_t",
-    "i2": "short|short int|signed short|signed short int|int16|int16_t",
-    "u2": "ushort|unsigned short|unsigned short int|uint16|uint16_t",
-    "i4": "int|signed int|int32|int32_t",
-    "u4": "uint|unsigned int|uint32|uint32_t",
-    "i8": "longlong|long long|long long int|signed long long|signed long long int|int64|int64_t",
-    "u8": "ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t",
-    "f4": "float",
-    "f8": "double",
-}
-_META_TYPES = {
-    "i1": "MET_CHAR",
-    "u1": "MET_UCHAR",
-    "i2": "MET_SHORT",
-    "u2": "MET_USHORT",
-    "i4": "MET_INT",
-    "u4": "MET_UINT",
-    "i8": "MET_LONG_LONG",
-    "u8": "MET_ULONG_LONG",
-    "f4": "MET_FLOAT",
-    "f8": "MET_DOUBLE",
+_TYPES = {
+    "i1": "signed char|int8|int8_t|MET_CHAR",
+    "u1": "uchar|unsigned char|uint8|uint8_t|MET_UCHAR",
+    "i2": "short|short int|signed short|signed short int|int16|int16_t|MET_SHORT",
+    "u2": "ushort|unsigned short|unsigned short int|uint16|uint16_t|MET_USHORT",
+    "i4": "int|signed int|int32|int32_t|MET_INT",
+    "u4": "uint|unsigned int|uint32|uint32_t|MET_UINT",
+    "i8": "longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|MET_LONG_LONG",
+    "u8": "ulonglong|unsigned long long|unsigned long long int|uint64|uint64_t|MET_ULONG_LONG",
+    "f4": "float|MET_FLOAT",
+    "f8": "double|MET_DOUBLE",
 }
 _TO_LPS = {
     "left-posterior-superior": (1, 1, 1),
@@ -117,8 +105,8 @@ def _numbers(text: str, count: int) -> list[float]:
     return numbers
 
 
-def _dtype(types: Mapping[str, str], name: str, big_endian: bool) -> np.dtype:
-    for code, names in types.items():
+def _dtype(name: str, big_endian: bool) -> np.dtype:
+    for code, names in _TYPES.items():
         if name in names.split("|"):
             return np.dtype((">" if big_endian else "<") + code)
     raise Rejected("unreadable", f"its header has the number type {name[:80]}")
@@ -154,7 +142,7 @@ def _metaimage(path: Path, text: bytes) -> _Header:
         origin = next((fields[name] for name in ("Offset", "Position", "Origin") if name in fields), "0 " * n)
         affine = _affine_lps(axes, _numbers(_of(fields, "ElementSpacing", "ElementSize"), n), _numbers(origin, n))
     big_endian = _is_true(fields, "BinaryDataByteOrderMSB") or _is_true(fields, "ElementByteOrderMSB")
-    dtype = _dtype(_META_TYPES, _of(fields, "ElementType"), big_endian)
+    dtype = _dtype(_of(fields, "ElementType"), big_endian)
     skip = int(fields.get("HeaderSize") or 0)
     if skip > 0:  # counted from the start of the file
         place, skip = dataclasses.replace(place, start=skip), 0
@@ -203,7 +191,7 @@ def _nrrd(path: Path, text: bytes) -> _Header:
     if other := set(re.findall(r'"([^"]+)"', fields.get("spaceunits", ""))) - {"mm", "millimeter", "millimeters"}:
         raise Rejected("spacing", f"its unit is {min(other)[:80]}, where millimetres are read")
     big_endian = fields.get("endian", "").lower() == "big"
-    dtype = _dtype(_NRRD_TYPES, _of(fields, "type").lower(), big_endian)
+    dtype = _dtype(_of(fields, "type").lower(), big_endian)
     return _Header(shape, dtype, place, int(fields.get("byteskip") or 0), affine)
 
 
