@@ -221,7 +221,9 @@ def test_a_header_that_claims_a_terabyte_costs_no_memory(tmp_path):
 
 
 def test_bombs_are_unpacked_in_bounded_memory(tmp_path):
-    """64 MB of zeros in 64 KB, where 48 MB are to be had: as voxels, before, between and behind them."""
+    """64 MB of zeros in 64 KB, where 48 MB are to be had: as voxels, before, between and behind
+    them; and elements of DICOM that announce 2 GB.
+    """
     zeros = gzip.compress(bytes(2**26))
     hu = ct_like()
     head = write_nifti(tmp_path / "good.nii", hu).read_bytes()[:352]
@@ -248,16 +250,20 @@ def test_bombs_are_unpacked_in_bounded_memory(tmp_path):
     private = zlib.compressobj(wbits=-15)
     packed = private.compress(struct.pack("<2H2sHI", 9, 0x10, b"OB", 0, 2**26) + bytes(2**26)) + private.flush()
     (tmp_path / "z.dcm").write_bytes(preamble + packed)
-    assert reasons_in_little_memory(
-        tmp_path, [*(f"{n}.nii.gz" for n in ("voxels", "before", "extension", "behind")), "z.mha", "z.dcm"], 48 << 20
-    ) == {
+    (tmp_path / "meta.dcm").write_bytes(bytes(128) + b"DICM" + struct.pack("<2H2sHI", 2, 1, b"OB", 0, 2**31 - 2))
+    table = struct.pack("<2H2sHI", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1) + struct.pack("<2HI", 0xFFFE, 0xE000, 2**31)
+    (tmp_path / "table.dcm").write_bytes(preamble.replace(b".2.1.99", b".2.4.70") + table)
+    wanted = {
         "voxels.nii.gz": "not a CT intensity range",
         "before.nii.gz": "unreadable",
         "extension.nii.gz": "not a CT intensity range",
         "behind.nii.gz": "read (36, 32, 24)",
         "z.mha": "not a CT intensity range",
         "z.dcm": "unreadable",
+        "meta.dcm": "truncated",
+        "table.dcm": "truncated",
     }
+    assert reasons_in_little_memory(tmp_path, wanted, 48 << 20) == wanted
 
 
 @pytest.mark.parametrize(

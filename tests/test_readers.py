@@ -112,7 +112,9 @@ def itk_image(hu_ijk=None, affine=AFFINE) -> sitk.Image:
     return image
 
 
-def write_dicom(folder, image: sitk.Image, uid="1.2.3", slope=1, intercept=-1024, skip=(), **tags) -> list[str]:
+def write_dicom(
+    folder, image: sitk.Image, uid="1.2.3", slope=1, intercept=-1024, skip=(), compress=False, **tags
+) -> list[str]:
     """A CT series, one file per slice, named so that the order of names is not that of positions."""
     folder.mkdir(exist_ok=True, parents=True)
     direction = np.array(image.GetDirection()).reshape(3, 3)
@@ -138,6 +140,7 @@ def write_dicom(folder, image: sitk.Image, uid="1.2.3", slope=1, intercept=-1024
             stored.SetMetaData(tag, value)
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
+        writer.SetUseCompression(compress)
         writer.SetFileName(str(folder / f"{(k * 7) % 101:03d}.dcm"))
         writer.Execute(stored)
         paths.append(writer.GetFileName())
@@ -149,7 +152,7 @@ def write_dicom(folder, image: sitk.Image, uid="1.2.3", slope=1, intercept=-1024
 def test_other_formats_equal_nifti(tmp_path, name, compress):
     wanted = readers.read(write_nifti(tmp_path / "a.nii", ct_like()))
     if name == "dicom":
-        image = readers.read(tmp_path, series=write_dicom(tmp_path / "series", itk_image()))
+        image = readers.read(tmp_path, series=write_dicom(tmp_path / "series", itk_image(), compress=compress))
         assert image.patient and "secret" not in image.patient
     else:
         sitk.WriteImage(itk_image(), str(tmp_path / name), compress)

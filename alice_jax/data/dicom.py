@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import mmap
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +18,8 @@ from alice_jax.data.rejection import Rejected
 from alice_jax.data.voxels import Stored
 
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax that may unpack to any size, and is unpacked at once
+_LONG = (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT")  # their length has four bytes
+_FIRST_ITEM = re.compile(rb"\xff{4}\xfe\xff\x00\xe0(.{4})", re.DOTALL)  # of what has no length of its own
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -52,12 +56,10 @@ def _read_slice_header(path: str) -> _Slice:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(path)
     try:
-        with open(path, "rb") as file:
-            if DEFLATED in file.read(2**10):
-                raise Rejected("unreadable", "a deflated DICOM file; save it in another transfer syntax")
+        _check_claims(path)
         with _silence():
             reader.ReadImageInformation()
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise Rejected("unreadable", f"not a DICOM image: {last_words(error)}") from error
 
     def text(tag: str) -> str:
@@ -81,6 +83,25 @@ def _read_slice_header(path: str) -> _Slice:
         rows_cols=numbers("0020|0037", 6).reshape(2, 3),
         spacing=numbers("0028|0030", 2),
     )
+
+
+def _check_claims(path: str) -> None:
+    """Refuses what GDCM would believe: it allots the length of any element of the file's own header (group 2), and of
+    the first item of packed pixels, before it reads them.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = 132 if data[128:132] == b"DICM" else 0
+        while data[place : place + 2] == b"\2\0":
+            tag, kind = data[place : place + 4], data[place + 4 : place + 6]
+            first, after = (8, 12) if kind in _LONG else (6, 8) if kind.isalpha() else (4, 8)
+            value, place = place + after, place + after + int.from_bytes(data[place + first : place + after], "little")
+            if place > len(data):
+                raise Rejected("truncated", f"its header announces {place} bytes, the file has {len(data)}")
+            if tag == b"\2\0\x10\0" and data[value:place].rstrip(b"\0 ") == DEFLATED:
+                raise Rejected("unreadable", "a deflated DICOM file; save it in another transfer syntax")
+        for item in _FIRST_ITEM.finditer(data):
+            if len(data) < (size := int.from_bytes(item[1], "little")) < 2**32 - 1:
+                raise Rejected("truncated", f"an item announces {size} bytes, the file has {len(data)}")
 
 
 def read_header(paths: Sequence[str]) -> Stored:
