@@ -81,6 +81,13 @@ def broken_files(folder):
     nib.save(zero_step, folder / "zero_step.nii")
     add("zero_step", "spacing", patch(folder / "zero_step.nii", 80, struct.pack("<f", 0)))
 
+    matrix = nib.Nifti2Image(hu, AFFINE)
+    matrix.header["intent_code"] = 3001  # CIFTI's
+    nib.save(matrix, folder / "matrix.dconn.nii")
+    add("cifti", "not a volume", folder / "matrix.dconn.nii")
+    nib.AnalyzeImage(hu, AFFINE).to_filename(folder / "analyze.hdr")
+    add("analyze", "no orientation", folder / "analyze.hdr")
+
     nifti("two_d", "not a volume", hu[:, :, 0])
     nifti("single_slice", "not a volume", hu[:, :, :1])
     nifti("four_d", "4-D", np.stack([hu] * 3, -1))

@@ -29,7 +29,7 @@ VOLUME, FOREGROUND = make_volume()
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """One whose voxels are in no cache of this process, with the time that it waits in `waits`."""
+    """One whose voxels are in no cache of this process."""
     written = Store.create(tmp_path / "s", (2, 2, 2))
     written.write_scan(make_scan(), VOLUME, FOREGROUND)
     monkeypatch.setattr(files, "CONTEXT", ts.Context({"cache_pool": {"total_bytes_limit": 0}}))
