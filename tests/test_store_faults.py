@@ -215,7 +215,9 @@ def test_a_server_with_errors_and_delays():
 def test_a_full_disk_stops_prepare_with_one_line_and_it_goes_on_later(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii.gz", ct_like())
     command = [sys.executable, "-m", "alice_jax.prepare", "--input", "in", "--store", "store", "--workers", "1"]
-    options = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    # Python itself would leave half a .pyc file.
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    options = dict(cwd=tmp_path, capture_output=True, text=True, env=variables)
 
     def no_file_above_10_kb():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
