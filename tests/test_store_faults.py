@@ -225,7 +225,8 @@ def test_a_full_disk_stops_prepare_with_one_line_and_it_goes_on_later(tmp_path):
 
     full = subprocess.run(command, preexec_fn=no_file_above_10_kb, **options)
     assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert "error: scan a: volume cannot be written to the store" in full.stderr.splitlines()[-1]
+    assert full.stderr.count("error: ") == 1, full.stderr
+    assert "error: scan a: volume cannot be written to the store" in full.stderr
     assert Store.open(tmp_path / "store").ids() == []
     later = subprocess.run(command, **options)
     assert later.returncode == 0 and Store.open(tmp_path / "store").ids() == ["a"]
