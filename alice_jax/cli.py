@@ -16,6 +16,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
+    def add_task_arguments(self, what: str) -> None:
+        """--task-index and --task-count, for work that many tasks share; see `check_task`."""
+        self.add_argument(
+            "--task-index", type=int, default=0, metavar="I", help=f"which share of the {what} to take, from 0"
+        )
+        self.add_argument("--task-count", type=int, default=1, metavar="N", help="how many tasks share the work")
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """A `UserError` for a share that there is not."""
+    if not 0 <= args.task_index < args.task_count:
+        last = args.task_count - 1
+        raise UserError(f"--task-index {args.task_index}: give 0 to {last} with --task-count {args.task_count}")
+
 
 def check_folder_of(flag: str, path: str | None) -> None:
     """A `UserError` where the file that a flag names could not be written for want of its folder."""

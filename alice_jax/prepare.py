@@ -1,7 +1,9 @@
 """Prepares CT files for training: `python -m alice_jax.prepare --input DIR_OR_LIST --store DIR`.
 
 Every file ends as prepared or quarantined, named, with the reason. Running the command again continues where it was
-stopped and prepares what has changed.
+stopped and prepares what has changed. Many tasks may share the work, on one or on many machines: give each its
+--task-index of --task-count. Of files with the same content in the shares of two tasks both are kept; the command
+without these flags, run afterwards, leaves one of them.
 """
 
 import argparse
@@ -48,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store.create(args.store, (args.spacing,) * 3)
     start = time.time()
     try:
-        outcomes = prepare(store, found.sources, args.workers)
+        outcomes = prepare(store, found.sources, args.workers, args.task_index, args.task_count)
     except (KeyboardInterrupt, SystemExit):
         print(f"\nstopped; {store.path} keeps what is prepared, the same command continues", file=sys.stderr)
         raise
+    if not outcomes and args.task_count > 1:
+        print(f"no file falls to task {args.task_index} of {args.task_count}")
+        return 0
     prepared = [outcome for outcome in outcomes if outcome.id is not None]
     quarantined = [outcome for outcome in outcomes if outcome.id is None]
     scans = [store.scan(str(outcome.id)) for outcome in prepared]
@@ -83,7 +88,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any file is quarantined")
     parser.add_argument("--json", metavar="PATH", help="write what was prepared and quarantined to this file")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by processors and memory)")
+    parser.add_task_arguments("files")
     args = parser.parse_args(argv)
+    cli.check_task(args)
     if not SPACING_MM[0] <= args.spacing <= SPACING_MM[1]:
         raise UserError(f"--spacing {args.spacing:g}: give millimetres between {SPACING_MM[0]} and {SPACING_MM[1]:g}")
     if args.workers is not None and args.workers < 1:
@@ -94,11 +101,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # -------------------------------------------------------------------- the work
 
 
-def prepare(store: Store, found: Sequence[Source], workers: int | None = None) -> list[Outcome]:
-    """Prepares all sources into the store, in processes; the outcomes come in the order of the sources."""
+def prepare(
+    store: Store, found: Sequence[Source], workers: int | None = None, task_index: int = 0, task_count: int = 1
+) -> list[Outcome]:
+    """Prepares sources into the store, in processes; the outcomes come in the order of the sources.
+
+    Args:
+      task_index, task_count: this call takes every task_count-th source from task_index on.
+    """
     scans = [store.scan(id) for id in store.ids()]
     known_ids = {scan.extra["source"]["path"]: scan.id for scan in scans if "source" in scan.extra}
-    jobs = sources.assign_ids(found, known_ids)
+    jobs = sources.assign_ids(found, known_ids)[task_index::task_count]  # ids first, so that all tasks agree on them
     results: dict[int, list[Outcome]] = {}
     with tqdm(total=len(jobs), unit="file", desc="prepare", disable=not jobs) as bar:
         running = _run(store, jobs, {scan.sha256: scan.id for scan in scans}, workers or _workers())

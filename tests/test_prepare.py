@@ -303,6 +303,23 @@ def test_duplicates_by_content(tmp_path):
     assert report_of(tmp_path, tmp_path / "in", "--strict")[0] == 1
 
 
+def test_tasks_share_the_files_and_the_whole_command_drops_what_two_have(tmp_path, monkeypatch):
+    for seed, folder in ((0, "a"), (1, "b"), (2, "c"), (0, "d")):
+        write_nifti(tmp_path / "in" / folder / "ct.nii.gz", ct_like(seed=seed))
+    sequential = command._run
+    with monkeypatch.context() as patch:  # tasks that run at once do not see what the others have prepared
+        patch.setattr(command, "_run", lambda store, jobs, known, workers: sequential(store, jobs, {}, workers))
+        shares = [
+            ids(report_of(tmp_path, tmp_path / "in", "--task-index", index, "--task-count", 2)[1]) for index in (1, 0)
+        ]
+    whole = report_of(tmp_path, tmp_path / "in", store="whole")[1]
+    assert ids(whole) == [shares[1][0], shares[0][0], shares[1][1]]  # a, b, c: ids do not depend on tasks
+    assert Store.open(tmp_path / "store").ids() == sorted([*shares[0], *shares[1]])
+    assert report_of(tmp_path, tmp_path / "in")[1] == whole
+    assert Store.open(tmp_path / "store").ids() == sorted(ids(whole))
+    assert run("--input", tmp_path / "in", "--store", tmp_path / "store", "--task-index", 8, "--task-count", 9) == 0
+
+
 def test_exit_codes(tmp_path):
     (tmp_path / "in").mkdir()
     assert report_of(tmp_path, tmp_path / "in")[0] == 1  # nothing there
@@ -380,6 +397,10 @@ def test_several_series_in_a_folder(tmp_path):
         (["--input", "in", "--spacing", "nan"], "--spacing nan: give millimetres"),
         (["--input", "in", "--spacing", "two"], "invalid float value: 'two'; see --help"),
         (["--input", "in", "--workers", "0"], "--workers 0: give at least 1"),
+        (
+            ["--input", "in", "--task-index", "2", "--task-count", "2"],
+            "--task-index 2: give 0 to 1 with --task-count 2",
+        ),
         (["--input", "in", "--json", "no/where.json"], "--json no/where.json: its folder does not exist"),
         (["--input", "in", "--store", "file"], "file: is a file; name a folder"),
         (["--input", "in", "--store", "in"], "holds other files and no store"),

@@ -41,7 +41,10 @@ def refuse_foreign_folder(path: str) -> None:
         return
     if not os.path.isdir(path):
         raise UserError(f"store {path}: is a file; name a folder")
-    if any(not name.startswith((".", "manifest.json.")) for name in os.listdir(path)):
+    names = os.listdir(path)
+    if "manifest.json" in names:  # another process has just made it one
+        return
+    if any(not name.startswith((".", "manifest.json.")) for name in names):
         raise UserError(f"store {path}: the folder holds other files and no store; name a new or an empty folder")
 
 
