@@ -1,8 +1,9 @@
 """Embeds every scan of a store: `python -m alice_jax.embed --store DIR --workdir DIR`.
 
 DIR of --workdir is that of a trained embedder (`alice_jax.train --config=configs/embedder.py`). Scans that this
-embedder has embedded are skipped, so running the command again continues where it stopped. Many tasks may share a
-store, on one or on many machines: give each its --task-index of --task-count and begin them in any order.
+embedder has embedded are skipped, so running the command again continues where it stopped. Every device of the computer
+takes a scan of its own. Many tasks may share a store, on one or on many machines: give each its --task-index of
+--task-count and begin them in any order.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import queue
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +33,7 @@ from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
 
 Triple = tuple[int, int, int]
+Result = TypeVar("Result")
 FIT_SCANS, FIT_CELLS = 8, 20_000  # what a codec is fitted on: scans, and cells of each
 ROUND = 32  # sides are padded to multiples of this, so that few shapes are compiled
 MARGIN = 32  # voxels that two tiles share at most on each side; what lies farther off hardly matters
@@ -110,12 +114,14 @@ class WholeVolume:
     With `shifts` n the network sees n³ copies of the volume, each shifted by a part of a fine cell, and their fine
     cells interleave ("shift and stitch", Long et al., arXiv 1411.4038): cells n times finer, without another training.
     The coarse vectors are those of all copies together.
+
+    It computes on `device`, the first one by default.
     """
 
-    def __init__(self, embedder: TrainedEmbedder, tile_bytes: int = TILE_BYTES):
+    def __init__(self, embedder: TrainedEmbedder, tile_bytes: int = TILE_BYTES, device: jax.Device | None = None):
         self.embedder, self.tile_bytes = embedder, tile_bytes
-        variables = jax.device_put(embedder.variables)
-        self._apply = jax.jit(lambda volume: embedder.network.apply(variables, volume[None, ..., None]))
+        self._variables = jax.device_put(embedder.variables, device)
+        self._apply = jax.jit(embedder.network.apply)  # runs where the variables lie
 
     def __call__(self, volume_hu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n, network = self.embedder.shifts, self.embedder.network
@@ -142,7 +148,7 @@ class WholeVolume:
         x = network_input(block_mean(copy, reduce), self.embedder.window_hu)
         parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for tile, keep in self._tiles(x.shape):
-            vectors = jax.device_get(self._apply(jnp.asarray(x[tile])))
+            vectors = jax.device_get(self._apply(self._variables, x[tile][None, ..., None]))
             for part, level, step in zip(parts, vectors, strides, strict=True):
                 part.append(level[0, keep.start // step[0] : keep.stop // step[0]])
         grids = ([-(-n // (reduce * s)) for n, s in zip(shape, stride, strict=True)] for stride in strides)
@@ -167,19 +173,39 @@ class WholeVolume:
             start, done = end - margin, end
 
 
-def fit_codec(store: Store, embedder: TrainedEmbedder, whole: WholeVolume) -> Codec:
+def spread(
+    wholes: Sequence[WholeVolume], work: Callable[[WholeVolume, str], Result], ids: Sequence[str]
+) -> Iterator[Result]:
+    """`work(whole, id)` of each scan, in order; at any time each of `wholes`, on a device of its own, has one scan."""
+    idle: queue.SimpleQueue[WholeVolume] = queue.SimpleQueue()
+    for whole in wholes:
+        idle.put(whole)
+
+    def run(id: str) -> Result:
+        whole = idle.get()
+        try:
+            return work(whole, id)
+        finally:
+            idle.put(whole)
+
+    with ThreadPoolExecutor(len(wholes)) as pool:
+        yield from pool.map(run, ids)
+
+
+def fit_codec(store: Store, embedder: TrainedEmbedder, wholes: Sequence[WholeVolume]) -> Codec:
     """How this embedder's vectors are stored: fitted on body cells of a few scans, evenly taken from the store."""
     ids = store.ids()
     chosen = [ids[i * len(ids) // min(FIT_SCANS, len(ids))] for i in range(min(FIT_SCANS, len(ids)))]
-    fine_samples, coarse_samples = [], []
-    for id in tqdm(chosen, desc="Fitting the storage", unit="scan", file=sys.stderr):
+
+    def samples(whole: WholeVolume, id: str) -> tuple[np.ndarray, np.ndarray]:
         fine, coarse = whole(store.read_volume(id))
         body = fine[embeddings.body_cells(store.foreground(id), fine.shape[:3], embedder.strides_zyx_vox[0])]
-        fine_samples.append(np.random.default_rng(0).permutation(body)[:FIT_CELLS])
-        coarse_samples.append(coarse.reshape(-1, coarse.shape[-1]))
+        return np.random.default_rng(0).permutation(body)[:FIT_CELLS], coarse.reshape(-1, coarse.shape[-1])
+
+    bar = tqdm(spread(wholes, samples, chosen), "Fitting the storage", len(chosen), unit="scan", file=sys.stderr)
     levels = (
-        embeddings.fit_level(samples, stride, embedder.dims)
-        for samples, stride in zip((fine_samples, coarse_samples), embedder.strides_zyx_vox, strict=True)
+        embeddings.fit_level(list(of_level), stride, embedder.dims)
+        for of_level, stride in zip(zip(*bar, strict=True), embedder.strides_zyx_vox, strict=True)
     )
     return Codec(embedder.hash(), (embedder.spacing_mm,) * 3, *levels)
 
@@ -195,13 +221,19 @@ class Summary:
 
 
 def embed_store(
-    store: Store, embedder: TrainedEmbedder, task_index: int = 0, task_count: int = 1, force: bool = False
+    store: Store,
+    embedder: TrainedEmbedder,
+    task_index: int = 0,
+    task_count: int = 1,
+    force: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Summary:
     """Embeds the scans of a store that this embedder has not embedded yet.
 
     Args:
       task_index, task_count: this call takes every task_count-th scan from task_index on.
       force: embed those again that are done.
+      devices: each takes a scan at a time; all of this process by default.
     """
     ids = store.ids()
     if not ids:
@@ -212,13 +244,19 @@ def embed_store(
             f"--store {store.path}: its spacing is {spacing} mm and the embedder was trained at {embedder.spacing_mm}; "
             f"prepare the scans with --spacing {embedder.spacing_mm}, or train an embedder on this store"
         )
-    whole = WholeVolume(embedder)
-    codec = settle_codec(store, embedder.hash(), lambda: fit_codec(store, embedder, whole))
+    wholes = [WholeVolume(embedder, device=device) for device in devices or jax.local_devices()]
+    codec = settle_codec(store, embedder.hash(), lambda: fit_codec(store, embedder, wholes))
     mine = ids[task_index::task_count]
     todo = [id for id in mine if force or embeddings.embedded_by(store, id) != codec.hash]
-    began = time.perf_counter()
-    for id in tqdm(todo, desc="Embedding", unit="scan", file=sys.stderr, disable=not todo):
+
+    def embed_scan(whole: WholeVolume, id: str) -> None:
         embeddings.write_embedding(store, id, codec, *whole(store.read_volume(id)))
+
+    began = time.perf_counter()
+    for _ in tqdm(
+        spread(wholes, embed_scan, todo), "Embedding", len(todo), unit="scan", file=sys.stderr, disable=not todo
+    ):
+        pass
     seconds = (time.perf_counter() - began) / max(len(todo), 1)
     return Summary(len(todo), len(mine) - len(todo), seconds, codec)
 

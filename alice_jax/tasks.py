@@ -109,6 +109,7 @@ def alice_networks(config: ConfigDict) -> alice.Alice:
             drop_path=model.drop_path,
             position_index="release" if release else "correct",
             mask_tokens=not release,
+            remat=tuple(model.get("remat", ())),  # runs of older versions have none
             dtype=dtype,
         ),
         head=alice.Head(

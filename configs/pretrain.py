@@ -58,6 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.heads = (6, 12, 24, 48)
     config.model.windows = (4, 4, 8, 4)
     config.model.drop_path = 0.2
+    config.model.remat = ()  # stages computed again for gradients, such as (0,): less memory, more time
     config.model.head_hidden = 2048
     config.model.bottleneck = 256
     config.model.prototypes = 512

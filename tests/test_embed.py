@@ -71,6 +71,20 @@ def test_every_scan_is_embedded_and_matches_to_itself(store, embedder):
     assert embed.bytes_per_scan(store) > 1000
 
 
+def test_devices_take_a_scan_each_and_embed_as_one_would(store, embedder, monkeypatch):
+    used, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda tree, device: used.append(device) or put(tree, device))
+    first, all_at_once = jax.devices()[:1], threading.Barrier(3)
+    embed.embed_store(store, embedder, devices=first)
+    alone = {(id, name): store.read_array(id, name) for id in store.ids() for name in embeddings.ARRAYS}
+    read = Store.read_volume
+    monkeypatch.setattr(Store, "read_volume", lambda *args: all_at_once.wait(60) is not None and read(*args))
+    assert embed.embed_store(store, embedder, force=True).embedded == 3
+    assert used == [*first, *jax.devices()] and len(set(used)) == 8
+    for (id, name), array in alone.items():
+        np.testing.assert_array_equal(store.read_array(id, name), array)
+
+
 def test_what_is_done_is_skipped_and_another_embedder_replaces_it(store, embedder):
     embed.embed_store(store, embedder)
     add_noise(store, "d", 9)

@@ -99,6 +99,10 @@ def _finish(block: Block | SkipBlock, x: jax.Array, attended: jax.Array, train: 
     return x + drop(y, train)
 
 
+# The same blocks, of which only the inputs are kept for the gradient; the number is the place of `train`, after self.
+RematBlock, RematSkipBlock = nn.remat(Block, static_argnums=(2,)), nn.remat(SkipBlock, static_argnums=(3,))
+
+
 class Downsample(nn.Module):
     """GELU, LayerNorm, 3x3x3 convolution with stride 2: (b, d, h, w, c) -> (b, d/2, h/2, w/2, 2c)."""
 
@@ -128,15 +132,17 @@ class EncoderStage(nn.Module):
     window: int
     mlp_ratio: int
     drop_paths: tuple[float, ...]
+    remat: bool
     position_index: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         settings = (self.position_index, "normal", self.dtype)
+        kind = RematBlock if self.remat else Block
         for j, rate in enumerate(self.drop_paths):
             shifted = j % 2 == 1
-            block = Block(self.heads, self.window, shifted, self.mlp_ratio, rate, *settings, name=f"block{j}")
+            block = kind(self.heads, self.window, shifted, self.mlp_ratio, rate, *settings, name=f"block{j}")
             x = block(x, train)
         return x
 
@@ -148,19 +154,21 @@ class DecoderStage(nn.Module):
     window: int
     mlp_ratio: int
     drop_paths: tuple[float, ...]
+    remat: bool
     position_index: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array, train: bool) -> jax.Array:
         settings = (self.position_index, "uniform", self.dtype)
+        first_kind, kind = (RematSkipBlock, RematBlock) if self.remat else (SkipBlock, Block)
         x = Upsample(self.dtype, name="upsample")(x)
         for j, rate in enumerate(self.drop_paths):
             if j == 0:
-                first = SkipBlock(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
+                first = first_kind(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
                 x = first(x, skip, train)
             else:
-                block = Block(self.heads, self.window, True, self.mlp_ratio, rate, *settings, name=f"block{j}")
+                block = kind(self.heads, self.window, True, self.mlp_ratio, rate, *settings, name=f"block{j}")
                 x = block(x, train)
         return x
 
@@ -185,6 +193,9 @@ class NNFormer(nn.Module):
     [A]'s figure 2 shows visible tokens only to the encoder, but windows need the whole grid: a departure. Without
     them (release mode) hiding means zeroed voxels only.
 
+    `remat` names the stages whose blocks, in encoder and decoder, keep only their inputs for the gradient and are
+    computed again there: less memory for a third more computing, and the same numbers but for rounding.
+
     The position bias tables have (2w-1)**3 rows for the window that the crop's grid really allows, so weights belong
     to a crop size.
     """
@@ -199,6 +210,7 @@ class NNFormer(nn.Module):
     drop_path: float = 0.2
     position_index: str = "correct"
     mask_tokens: bool = True
+    remat: tuple[int, ...] = ()
     out_channels: int = 1
     dtype: Any = jnp.float32
 
@@ -208,20 +220,23 @@ class NNFormer(nn.Module):
             raise UserError(f"stem_strides {self.stem_strides}: their product must be patch_zyx {self.patch_zyx}")
         if not len(self.depths) == len(self.heads) == len(self.windows):
             raise UserError(f"depths {self.depths}, heads {self.heads}, windows {self.windows}: give one per stage")
+        stages = range(len(self.depths))
+        if not set(self.remat) <= set(stages):
+            raise UserError(f"remat {self.remat}: give numbers of stages, from 0 to {len(self.depths) - 1}")
         encoder_rates = spread(self.drop_path, self.depths)
         decoder_rates = spread(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
         self.patch_embed = PatchEmbed(self.width, self.stem_strides, self.dtype)
         if self.mask_tokens:
             self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
-        shared = (self.mlp_ratio,)
-        plain = (self.position_index, self.dtype)
-        stages = range(len(self.depths))
-        self.encoder = [EncoderStage(self.heads[i], self.windows[i], *shared, encoder_rates[i], *plain) for i in stages]
+
+        def stage(kind: type[EncoderStage] | type[DecoderStage], i: int, rates: tuple[float, ...]) -> nn.Module:
+            sizes = (self.heads[i], self.windows[i], self.mlp_ratio)
+            return kind(*sizes, rates, i in self.remat, self.position_index, self.dtype)
+
+        self.encoder = [stage(EncoderStage, i, encoder_rates[i]) for i in stages]
         self.skip_norm = [LayerNorm(dtype=self.dtype) for _ in stages]
         self.downsample = [Downsample(self.dtype) for _ in stages[:-1]]
-        self.decoder = [
-            DecoderStage(self.heads[i], self.windows[i], *shared, decoder_rates[i], *plain) for i in stages[:-1]
-        ]
+        self.decoder = [stage(DecoderStage, i, decoder_rates[i]) for i in stages[:-1]]
         self.expand = Expand(self.out_channels, self.patch_zyx, self.dtype)
 
     def encode(
