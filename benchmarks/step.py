@@ -52,6 +52,7 @@ class Case:
       program: "jax", "torch" (eager) or "torch.compile".
       pairs: in the batch.
       microbatch: pairs computed at once, 0 for the project's default; PyTorch always computes all of them.
+      remat: stages whose blocks are computed again for gradients.
     """
 
     program: str
@@ -60,8 +61,9 @@ class Case:
     crop: int
     width: int
     precision: str
-    microbatch: int
-    repeats: int
+    microbatch: int = 0
+    repeats: int = 5
+    remat: tuple[int, ...] = ()
 
     def config(self) -> Any:
         """configs/pretrain.py with these settings."""
@@ -69,7 +71,23 @@ class Case:
         config.batch_size, config.microbatch, config.precision = self.pairs, self.microbatch, self.precision
         config.views.crop_shape_zyx = (self.crop,) * 3
         config.model.width = self.width
+        config.model.remat = self.remat
         return config
+
+
+def example_rows(config: Any) -> dict[str, Any]:
+    """A batch of the configuration's size, of noise."""
+    import numpy as np
+
+    from alice_jax import tasks
+
+    crop, grid = tasks.check_alice(config)
+    rng, pairs = np.random.default_rng(0), config.batch_size
+    return {
+        "volumes": rng.random((pairs, 2, *crop, 1), np.float32),
+        "hidden": rng.random((pairs, 2, *grid)) < config.views.mask_ratio,
+        "weights": np.ones((pairs,), np.float32),
+    }
 
 
 def measured(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -118,20 +136,13 @@ def conditions(precision: str) -> dict[str, Any]:
 def jax_row(case: Case) -> dict[str, Any]:
     """The project's own step: compiled and placed as `alice_jax.train` does it."""
     import jax
-    import numpy as np
 
     from alice_jax import host, sharding, tasks, train_state
 
     host.keep_memory()
     config = case.config()
     objective = tasks.alice_objective(config, steps_per_epoch=1)
-    crop, grid = tasks.check_alice(config)
-    rng, mesh, key = np.random.default_rng(0), sharding.make_mesh(), jax.random.key(0)
-    rows = {
-        "volumes": rng.random((case.pairs, 2, *crop, 1), np.float32),
-        "hidden": rng.random((case.pairs, 2, *grid)) < config.views.mask_ratio,
-        "weights": np.ones((case.pairs,), np.float32),
-    }
+    rows, mesh, key = example_rows(config), sharding.make_mesh(), jax.random.key(0)
     parts = sharding.parts_of_batch(case.pairs, case.microbatch, mesh)
     batch = sharding.global_parts(mesh, rows, parts)
     state = sharding.compiled_init(objective, 0, mesh)({name: value[:1] for name, value in rows.items()})
@@ -262,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=48, help="of the backbone (default: 48)")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--microbatch", type=int, default=0, help="pairs computed at once (default: the project's)")
+    parser.add_argument("--remat", nargs="*", type=int, default=[], metavar="STAGE", help="blocks computed again")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (default: 5)")
     parser.add_argument("--twin", action="store_true", help="also PyTorch, in release mode")
     parser.add_argument("--compile", action="store_true", help="with --twin, also torch.compile")
@@ -277,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for pairs in args.pairs:
             for program in programs:
                 print(f"{mode} mode, {pairs} pair(s), {program} …", file=sys.stderr, flush=True)
-                settings = (args.crop, args.width, args.precision, args.microbatch, args.repeats)
+                settings = (args.crop, args.width, args.precision, args.microbatch, args.repeats, tuple(args.remat))
                 case = Case(program, mode, pairs, *settings)
                 rows.append(dataclasses.asdict(case) | alone(row, case))
     judged(rows, ceilings)

@@ -119,8 +119,11 @@ def test_gradients_reach_every_parameter(weights, volume):
         assert np.isfinite(leaf).all() and np.any(leaf), jax.tree_util.keystr(path)
 
 
-def test_recomputed_blocks_give_the_same_gradients_in_less_memory(weights, volume):
-    """Stage 0 of three, in encoder and decoder, with blocks dropped at random: the draws must be the same again."""
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less(weights, volume):
+    """Stage 0 of three, in encoder and decoder, with blocks dropped at random: the draws must be the same again.
+
+    What is kept for the gradient is counted before compiling: on a CPU, XLA computes early what should come late.
+    """
     found = []
     for remat in ((), (0,)):
         model = SMALL.clone(drop_path=0.5, remat=remat)
@@ -130,12 +133,11 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory(weights, volum
             out = model.apply(weights, volume, HIDDEN, train=True, rngs={"drop_path": jax.random.key(1)})
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out))
 
-        program = jax.jit(jax.value_and_grad(loss)).lower(weights).compile()
-        found.append((program(weights), program.memory_analysis().temp_size_in_bytes))
-    ((kept, kept_bytes), (again, again_bytes)) = found
-    print(again_bytes, kept_bytes)
-    assert again_bytes < 0.8 * kept_bytes
-    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        kept = jax.eval_shape(lambda weights, loss=loss: jax.vjp(loss, weights)[1], weights)
+        found.append((jax.jit(jax.value_and_grad(loss))(weights), sum(x.size for x in jax.tree.leaves(kept))))
+    ((all_kept, many), (again, few)) = found
+    assert few < 0.6 * many
+    for one, other in zip(jax.tree.leaves(all_kept), jax.tree.leaves(again), strict=True):
         assert np.linalg.norm(one - other) <= 1e-6 * np.linalg.norm(one)
 
 
