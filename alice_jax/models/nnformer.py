@@ -194,7 +194,8 @@ class NNFormer(nn.Module):
     them (release mode) hiding means zeroed voxels only.
 
     `remat` names the stages whose blocks, in encoder and decoder, keep only their inputs for the gradient and are
-    computed again there: less memory for a third more computing, and the same numbers but for rounding.
+    computed again there: less memory for more computing, and the same numbers but for rounding. Not on a CPU, where XLA
+    computes early what should come late.
 
     The position bias tables have (2w-1)**3 rows for the window that the crop's grid really allows, so weights belong
     to a crop size.
