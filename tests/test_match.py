@@ -65,7 +65,7 @@ def files(tmp_path_factory):
 class Surroundings:
     """In place of a trained network: vectors of what lies some way off in each direction, blurred."""
 
-    def __init__(self, embedder):
+    def __init__(self, embedder, device=None):
         self.strides = embedder.strides_zyx_vox
 
     def __call__(self, volume_hu):
