@@ -132,9 +132,9 @@ class EncoderStage(nn.Module):
     window: int
     mlp_ratio: int
     drop_paths: tuple[float, ...]
-    remat: bool
     position_index: str
     dtype: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -154,9 +154,9 @@ class DecoderStage(nn.Module):
     window: int
     mlp_ratio: int
     drop_paths: tuple[float, ...]
-    remat: bool
     position_index: str
     dtype: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array, train: bool) -> jax.Array:
@@ -232,7 +232,7 @@ class NNFormer(nn.Module):
 
         def stage(kind: type[EncoderStage] | type[DecoderStage], i: int, rates: tuple[float, ...]) -> nn.Module:
             sizes = (self.heads[i], self.windows[i], self.mlp_ratio)
-            return kind(*sizes, rates, i in self.remat, self.position_index, self.dtype)
+            return kind(*sizes, rates, self.position_index, self.dtype, i in self.remat)
 
         self.encoder = [stage(EncoderStage, i, encoder_rates[i]) for i in stages]
         self.skip_norm = [LayerNorm(dtype=self.dtype) for _ in stages]
