@@ -279,15 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", required=True, help="store of prepared scans")
     parser.add_argument("--workdir", required=True, help="folder of a trained embedder")
     parser.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
-    parser.add_argument("--task-index", type=int, default=0, help="which share of the scans to embed, from 0")
-    parser.add_argument("--task-count", type=int, default=1, help="how many tasks share the work")
+    parser.add_task_arguments("scans")
     parser.add_argument("--force", action="store_true", help="embed again what is done")
     args = parser.parse_args(argv)
     host.settle()
-    if not 0 <= args.task_index < args.task_count:
-        raise UserError(
-            f"--task-index {args.task_index}: give 0 to {args.task_count - 1} with --task-count {args.task_count}"
-        )
+    cli.check_task(args)
     store = Store.open(args.store)
     summary = embed_store(store, restore(args.workdir, args.step), args.task_index, args.task_count, args.force)
     size = bytes_per_scan(store)
