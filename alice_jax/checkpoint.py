@@ -49,7 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int = 3):
         self._workdir, self._keep = workdir, keep
         self._folder = _directory(workdir) / "checkpoints"
-        self._pending: tuple[int, Tree] = (0, None)
+        self._pending = (0, "")  # the step being written and its host's part
         if jax.process_index() == 0:
             for step in newest_intact(workdir)[1]:
                 aside = self._folder / f"{step}.damaged"
@@ -86,8 +86,8 @@ class Checkpoints:
         if held + free < (self._keep + 1) * size:
             raise UserError(
                 f"--workdir {self._workdir}: {self._keep} checkpoints and the next one need "
-                f"{(self._keep + 1) * size / 1e6:,.0f} MB and {(held + free) / 1e6:,.0f} MB are there; free some, lower "
-                "keep_checkpoints or name a folder on another disk"
+                f"{(self._keep + 1) * size / 1e6:,.0f} MB and {(held + free) / 1e6:,.0f} MB are there; free some, "
+                "lower keep_checkpoints or name a folder on another disk"
             )
 
     def save(self, step: int, state: Tree, host: Tree) -> None:
@@ -100,14 +100,14 @@ class Checkpoints:
             return
         with self._naming_faults():
             self._manager.wait_until_finished()
-            self._pending = (step, host)
+            self._pending = (step, json.dumps(host))
             self._manager.save(step, args=ocp.args.PyTreeSave(state))
 
     def _seal(self) -> None:
         """Completes what Orbax has written, before it gets its name."""
         step, host = self._pending
         folder = self._folder / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
-        (folder / HOST).write_text(json.dumps(host))
+        (folder / HOST).write_text(host)
         (folder / CHECKSUMS).write_text(json.dumps(checksums(folder), indent=1))
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, Tree]:

@@ -1,13 +1,14 @@
 """The edge of every command: a user's mistake becomes one line on stderr and exit code 1."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from alice_jax.errors import UserError
+from alice_jax.errors import Stalled, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,8 +43,10 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 1
+        if isinstance(error, Stalled):
+            os._exit(code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""How often each training scan has been used, kept beside the checkpoints of a workdir."""
+"""How often each training scan has been used: part of every checkpoint, and of the workdir for whoever looks."""
 
 import json
 import os
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Counted = dict[str, dict[str, int]]
+
 
 class Coverage:
-    """Counts the scans of this process's batches; resumes from WORKDIR/coverage.json.
+    """Counts the scans of global batches.
 
     Args:
       scans: ids, in the order that samples number them.
-      step: the step that training starts from.
+      counted: `counted()` of the run that this one goes on from.
     """
 
-    def __init__(self, workdir: str, scans: Sequence[str], step: int):
-        self._path, self._scans = os.path.join(workdir, "coverage.json"), scans
-        self._counts, self._keys = np.zeros(len(scans), int), np.zeros(len(scans), int)
-        saved = read(workdir)
-        if saved.get("step") == step:
-            self._counts = np.array([saved["counts"].get(scan, 0) for scan in scans])
-            self._keys = np.array([saved.get("keys", {}).get(scan, 0) for scan in scans])
+    def __init__(self, scans: Sequence[str], counted: Counted | None = None):
+        self._scans = scans
+        self._counts, self._keys = (
+            np.array([(counted or {}).get(name, {}).get(scan, 0) for scan in scans]) for name in ("counts", "keys")
+        )
 
     def count(self, used: np.ndarray) -> dict[str, float]:
         """Adds the numbers of the scans in a batch; returns the share of scans used so far and the extremes.
@@ -39,20 +39,25 @@ class Coverage:
             "coverage/most": int(self._counts.max()),
         }
 
-    def save(self, step: int) -> None:
-        counts, keys = (
-            {scan: int(count) for scan, count in zip(self._scans, numbers, strict=True)}
-            for numbers in (self._counts, self._keys)
-        )
-        temporary = f"{self._path}.partial"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"step": step, "counts": counts, "keys": keys}, file, indent=1)
-        os.replace(temporary, self._path)
+    def counted(self) -> Counted:
+        """{"counts": {scan: times used}, "keys": {scan: times as a partner}}."""
+        return {
+            name: {scan: int(count) for scan, count in zip(self._scans, numbers, strict=True)}
+            for name, numbers in (("counts", self._counts), ("keys", self._keys))
+        }
+
+
+def write(workdir: str, step: int, counted: Counted) -> None:
+    """Shows the counts after `step` in WORKDIR/coverage.json, for whoever looks; nothing resumes from there."""
+    path = os.path.join(workdir, "coverage.json")
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump({"step": step, **counted}, file, indent=1)
+    os.replace(f"{path}.partial", path)
 
 
 def read(workdir: str) -> dict:
-    """What `Coverage.save` wrote: {"step", "counts": {scan: times used}, "keys": {scan: times as a partner}}; empty
-    where there is none."""
+    """What `write` wrote: {"step", "counts": {scan: times used}, "keys": {scan: times as a partner}}; empty where there
+    is none."""
     path = os.path.join(workdir, "coverage.json")
     if not os.path.exists(path):
         return {}

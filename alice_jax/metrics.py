@@ -1,5 +1,6 @@
 """What a run says while it runs: JSON lines, TensorBoard events and a progress bar, from one process only."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,11 +17,23 @@ class Metrics:
     """Averages scalars between two log points and writes them to WORKDIR/metrics.jsonl and WORKDIR/tensorboard/.
 
     On resuming, what was logged after the restored step is dropped, so that every step is logged once.
+
+    Args:
+      since: `since_logged` of the run that this one goes on from.
     """
 
-    def __init__(self, workdir: str, *, first_step: int, total_steps: int, log_every: int, enabled: bool = True):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        first_step: int,
+        total_steps: int,
+        log_every: int,
+        since: Mapping[str, list[float]] | None = None,
+        enabled: bool = True,
+    ):
         self._log_every, self._enabled = log_every, enabled
-        self._sums: dict[str, list[float]] = {}
+        self.since_logged = {name: list(values) for name, values in (since or {}).items()}  # each step's scalars
         self._path = os.path.join(workdir, "metrics.jsonl")
         if not enabled:
             return
@@ -43,12 +56,12 @@ class Metrics:
         if not self._enabled:
             return
         for name, value in scalars.items():
-            self._sums.setdefault(name, []).append(float(value))
+            self.since_logged.setdefault(name, []).append(float(value))
         self._bar.set_postfix({name: f"{scalars[name]:.3g}" for name in ON_BAR if name in scalars}, refresh=False)
         self._bar.update()
         if step % self._log_every == 0 or step == self._bar.total:
-            self.write(step, {name: float(np.mean(values)) for name, values in self._sums.items()})
-            self._sums.clear()
+            self.write(step, {name: float(np.mean(values)) for name, values in self.since_logged.items()})
+            self.since_logged.clear()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line and one set of events; a number that is not finite is written as null."""
@@ -76,17 +89,15 @@ class Metrics:
 
 
 def read(workdir: str) -> list[dict[str, float]]:
-    """The lines of WORKDIR/metrics.jsonl; a last line that was cut off is left out."""
+    """The lines of WORKDIR/metrics.jsonl; one that was cut off by a crash is left out."""
     path = os.path.join(workdir, "metrics.jsonl")
     if not os.path.exists(path):
         return []
     lines = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
     return lines
 
 

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -25,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alice_jax import cli
-from alice_jax.data import cohort, sources
+from alice_jax.data import cohort, sources, worker_process
 from alice_jax.data.preparing import Outcome, prepare_scan, prepare_source
 from alice_jax.data.rejection import REMEDIES, Rejected
 from alice_jax.data.scan import Scan
@@ -204,16 +203,8 @@ _worker: tuple[Store, Mapping[str, str]]
 def _start_worker(store: Store, known: Mapping[str, str], parent: int) -> None:
     global _worker
     _worker = store, known
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-
-
-def _follow(parent: int) -> None:
-    """Ends an orphan: a parent that was killed cannot tell its workers."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    worker_process.settle(parent)
 
 
 def _work(source: Source) -> list[Outcome]:

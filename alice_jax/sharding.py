@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alice_jax import train_state
@@ -56,6 +57,11 @@ def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Arra
 def global_parts(mesh: Mesh, local: dict[str, np.ndarray], parts: int) -> list[dict[str, jax.Array]]:
     """A batch in `parts`, each spread over all devices."""
     return [global_batch(mesh, {name: rows[i::parts] for name, rows in local.items()}) for i in range(parts)]
+
+
+def of_all_processes(local: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of the global batch, on every host, from those that each process holds."""
+    return local if jax.process_count() == 1 else multihost_utils.process_allgather(local, tiled=True)
 
 
 def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:

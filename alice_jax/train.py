@@ -14,7 +14,6 @@ The order of a step, on which exact resuming rests:
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +25,12 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, host, provenance, report, sharding, tasks, train_state
-from alice_jax.coverage import Coverage
+from alice_jax import builtin, checkpoint, cli, coverage, host, provenance, report, sharding, tasks, train_state
 from alice_jax.data import embeddings, pipeline
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.metrics import Metrics
+from alice_jax.preemption import StopSignal
 
 # Fields that may change between two runs of one workdir; with any other the numbers would belong to another run.
 MAY_CHANGE = (
@@ -43,6 +42,7 @@ MAY_CHANGE = (
     "validate_every",
     "data.workers",
     "data.threads",
+    "data.timeout_s",
 )
 
 
@@ -65,17 +65,22 @@ def run(config: ConfigDict, workdir: str) -> int:
     key = jax.random.key(config.seed)
     init = sharding.compiled_init(task.objective, config.seed, mesh)
     example = example_batch(task)
+    described = sharding.described(jax.eval_shape(init, example), mesh)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints.check_space(described)
+    counted: dict[str, Any] = {}  # by the host, beside the state
     start = checkpoints.latest_step
     if start is None:
         start, state = 0, init(example)
     else:
-        state = checkpoints.restore(start, sharding.described(jax.eval_shape(init, example), mesh))
+        state, counted = checkpoints.restore(start, described)
         say(f"resuming at step {start} of {config.steps}")
     if jax.process_index() == 0:
         mined = config.objective == "alice" and config.views.kind == "mined"
         codec = embeddings.read_codec(store) if mined else None
         provenance.record(workdir, start, None if codec is None else codec.embedder)
+        if counted:
+            coverage.write(workdir, start, counted["coverage"])
     train_step = sharding.compiled_step(task.objective, key, mesh, parts)
     eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
 
@@ -90,8 +95,14 @@ def run(config: ConfigDict, workdir: str) -> int:
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    stream = pipeline.batches(samples, start_step=start, workers=config.data.workers, threads=config.data.threads)
-    coverage = Coverage(workdir, task.scans, start)
+    stream = pipeline.batches(
+        samples,
+        start_step=start,
+        workers=config.data.workers,
+        threads=config.data.threads,
+        timeout_s=config.data.timeout_s,
+    )
+    used_scans = coverage.Coverage(task.scans, counted.get("coverage"))
 
     def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], float]:
         began = time.perf_counter()
@@ -105,6 +116,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         first_step=start,
         total_steps=config.steps,
         log_every=config.log_every,
+        since=counted.get("since_logged"),
         enabled=jax.process_index() == 0,
     )
     with checkpoints, metrics, StopSignal() as stop:
@@ -116,10 +128,11 @@ def run(config: ConfigDict, workdir: str) -> int:
             used = meta
             batch, meta, data_wait = next_batch()
             scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
+            used = sharding.of_all_processes(used)
             step_time = time.perf_counter() - began
             refuse_non_finite(done, scalars, used, task)
 
-            scalars |= coverage.count(used["scans"]) | summarised(used)
+            scalars |= used_scans.count(used["scans"]) | summarised(used)
             scalars |= {
                 "step_time_s": step_time,
                 "data_wait_s": data_wait,
@@ -129,12 +142,15 @@ def run(config: ConfigDict, workdir: str) -> int:
             last = done == config.steps
             if validation and (last or done % config.validate_every == 0):
                 metrics.write(done, validated(eval_step, state, validation))
-            if last or stop.signal or done % config.checkpoint_every == 0:
-                checkpoints.save(done, state)
-                coverage.save(done)
-            if stop.signal and not last:
-                metrics.say(f"stopped by signal {stop.signal} after step {done}; the same command goes on from there")
-                return 128 + stop.signal
+            stopping = stop.agreed()
+            if last or stopping or done % config.checkpoint_every == 0:
+                counted = {"coverage": used_scans.counted(), "since_logged": metrics.since_logged}
+                checkpoints.save(done, state, counted)
+                if jax.process_index() == 0:
+                    coverage.write(workdir, done, counted["coverage"])
+            if stopping and not last:
+                metrics.say(f"stopped by signal {stopping} after step {done}; the same command goes on from there")
+                return 128 + stopping
     conclude(config, workdir)
     return 0
 
@@ -178,6 +194,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{field} {value}: give a whole number of 0 or more")
     if config.data.threads < 1:
         raise UserError(f"data.threads {config.data.threads}: give a whole number of 1 or more")
+    if config.data.timeout_s <= 0:
+        raise UserError(f"data.timeout_s {config.data.timeout_s}: give a number of seconds above 0")
 
 
 def claim(workdir: str, config: ConfigDict) -> None:
@@ -188,7 +206,8 @@ def claim(workdir: str, config: ConfigDict) -> None:
     if differing:
         changes = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in differing[:3])
         raise UserError(f"--workdir {workdir}: holds a run with other settings ({changes}); name another folder")
-    checkpoint.write_config(workdir, config.to_dict())
+    if jax.process_index() == 0:
+        checkpoint.write_config(workdir, config.to_dict())
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -223,7 +242,7 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
         processes=jax.process_count(),
     )
     batches = []
-    for rows in pipeline.batches(samples, threads=config.data.threads):
+    for rows in pipeline.batches(samples, threads=config.data.threads, timeout_s=config.data.timeout_s):
         rows.pop("meta")
         batches.append(sharding.global_batch(mesh, rows))
     return batches
@@ -251,29 +270,6 @@ def refuse_non_finite(step: int, scalars: dict[str, float], meta: dict[str, np.n
             "was saved; lower optimizer.lr or look at these scans, then run the same command to go on from the last "
             "checkpoint"
         )
-
-
-class StopSignal:
-    """Notes the first SIGTERM or SIGINT in `signal`; a second one acts as if nobody listened."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.signal = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        say("stopping after this step; once more to stop at once")
 
 
 def say(text: str) -> None:
@@ -308,7 +304,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     host.settle()
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
-    return run(config, workdir)
+    try:
+        return run(config, workdir)
+    except OSError as error:  # of a disk that is full, gone or read-only
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        raise UserError(
+            f"--workdir {workdir}: {reason}; what was saved before is intact; see to space and permissions, then run "
+            "the same command again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.spacing_mm = 2.0  # of the store; the network is trained for this one
     config.data.workers = 0
     config.data.threads = 4
+    config.data.timeout_s = 600.0  # a batch that takes longer ends the run
     config.data.validation_fraction = 0.1
     config.data.validation_samples = 16
 

@@ -23,7 +23,7 @@ def workdir(tmp_path):
     checkpoint.write_config(str(tmp_path), {"objective": "alice", "steps": 3})
     with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, make_state(step))
+            checkpoints.save(step, make_state(step), {"seen": step})
     return str(tmp_path)
 
 
@@ -31,9 +31,9 @@ def test_restores_the_newest_with_structure_and_sharding(workdir):
     everywhere = sharding.replicated(sharding.make_mesh())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), make_state(0))
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(checkpoints.latest_step, like)
+        state, host = checkpoints.restore(checkpoints.latest_step, like)
     assert jax.tree.structure(state) == jax.tree.structure(make_state(0))
-    assert state.step == 3 and float(state.params["layer"]["kernel"][0, 0]) == 3.0
+    assert state.step == 3 and host == {"seen": 3} and float(state.params["layer"]["kernel"][0, 0]) == 3.0
     assert len(state.params["layer"]["kernel"].addressable_shards) == 8
 
 

@@ -6,12 +6,21 @@ their number changes nothing, and the step is the whole position of the data.
 """
 
 import dataclasses
+import functools
+import multiprocessing
+import os
+import queue
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain.python as grain
 import numpy as np
 from absl import flags
+
+from alice_jax.data import worker_process
+from alice_jax.errors import Stalled, UserError
 
 Sample = dict[str, Any]  # arrays for the devices, and under "meta" arrays for the host's records
 Sampler = Callable[[int, np.random.Generator, np.random.Generator], Sample]
@@ -58,12 +67,19 @@ class Samples(grain.RandomAccessDataSource):
         return np.random.default_rng([self.seed, *address])
 
 
-def batches(samples: Samples, *, start_step: int = 0, workers: int = 0, threads: int = 2) -> Iterator[Sample]:
+def batches(
+    samples: Samples, *, start_step: int = 0, workers: int = 0, threads: int = 2, timeout_s: float = 600.0
+) -> Iterator[Sample]:
     """This process's part of the batches start_step, start_step + 1, …
 
     Args:
       workers: processes that compute samples; 0 computes them in threads of this one.
       threads: threads per process, each holding about one sample.
+      timeout_s: the longest wait for a batch; after that, something hangs.
+
+    Raises:
+      UserError: a worker process died.
+      Stalled: after `timeout_s`.
     """
     dataset = grain.MapDataset.source(samples).batch(samples.local_batch, drop_remainder=True)[start_step:]
     # Grain's default buffer of 500 elements suits small records and would fill the memory with volumes.
@@ -72,5 +88,51 @@ def batches(samples: Samples, *, start_step: int = 0, workers: int = 0, threads:
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
-    return iter(stream)
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        stream = stream.mp_prefetch(processes, worker_init_fn=functools.partial(_settle, os.getpid()))
+    return _watched(iter(stream), timeout_s)
+
+
+def _settle(parent: int, *_: int) -> None:
+    """In a worker: stopping is left to the loop, which still needs a batch to finish its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker_process.settle(parent)
+
+
+def _watched(stream: Any, timeout_s: float) -> Iterator[Sample]:
+    """The elements of `stream`, fetched in another thread, since a wait in this one could not be ended."""
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    fetched: queue.SimpleQueue[Sample | Exception] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        while asked.get():
+            try:
+                fetched.put(next(stream))
+            except Exception as error:
+                fetched.put(error)
+        stream.close()  # ends its threads and processes
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            got = fetched.get(timeout=timeout_s)
+            if isinstance(got, StopIteration):
+                return
+            if isinstance(got, RuntimeError) and "Worker process was terminated" in str(got):
+                raise UserError(
+                    "a data worker died without a word, as it does when memory runs out; lower data.workers, "
+                    "data.threads or batch_size, then run the same command to go on from the last checkpoint"
+                ) from got
+            if isinstance(got, Exception):
+                raise got
+            yield got
+    except queue.Empty:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise Stalled(
+            f"no batch within {timeout_s:g} s: a data worker hangs, or reading the store does; see to its disk, or "
+            "raise data.timeout_s, then run the same command to go on from the last checkpoint"
+        ) from None
+    finally:
+        asked.put(False)
