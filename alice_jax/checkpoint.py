@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ class Checkpoints:
                 "lower keep_checkpoints or name a folder on another disk"
             )
 
-    def save(self, step: int, state: Tree, host: Tree) -> None:
+    def save(self, step: int, state: Tree, host: Tree = None) -> None:
         """Copies the state off the devices, then writes in the background; an older one goes only after a commit.
 
         Args:
@@ -212,14 +212,17 @@ def read_config(workdir: str) -> dict[str, Any] | None:
         ) from None
 
 
-def restore_arrays(workdir: str, step: int | None = None) -> tuple[dict[str, Any], Tree]:
+def restore_arrays(
+    workdir: str, step: int | None = None, parts: Sequence[str] = ("step", "params", "extra")
+) -> tuple[dict[str, Any], Tree]:
     """Configuration and state of a run as plain numpy arrays, whatever devices wrote it.
 
     Args:
       step: which checkpoint; the newest intact one by default.
+      parts: fields of the state.
 
     Returns:
-      (config, {"step", "params", "extra"}).
+      (config, {part: arrays}).
     """
     config = read_config(workdir)
     if config is None:
@@ -236,7 +239,7 @@ def restore_arrays(workdir: str, step: int | None = None) -> tuple[dict[str, Any
     # Not through the manager, which would expect all processes of a run to take part.
     handler, path = ocp.PyTreeCheckpointHandler(), folder / str(step) / "default"
     metadata = handler.metadata(path).tree
-    wanted = {name: metadata[name] for name in ("step", "params", "extra")}
+    wanted = {name: metadata[name] for name in parts}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
     return config, handler.restore(path, args=arguments)
