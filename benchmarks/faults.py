@@ -131,9 +131,7 @@ def kill_runs(arguments: Sequence[str], folder: str, moments: Sequence[str], dra
         finish(arguments, workdir)
         found = final_differences(workdir, whole)
         starts = [entry["step"] for entry in provenance.read(workdir)]
-        print(
-            f"run {run} finished after {killed} kills, starting from the steps {starts}: differs in {found or 'nothing'}"
-        )
+        print(f"run {run} finished after {killed} kills, starts at {starts}: differs in {found or 'nothing'}")
         tally["differences"] += [f"run {run}, at its end: {what}" for what in found]
         tally["resumed_exactly"] += 0 if found else killed
         if not waiting:

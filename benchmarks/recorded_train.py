@@ -1,14 +1,15 @@
 """The training command, which also notes what each of its batches held; for tests and benchmarks of resuming.
 
-    [PROCESS=INDEX,COUNT,PORT] python benchmarks/recorded_train.py --config=... --workdir=...
+    [PROCESS=INDEX,COUNT,PORT] [STOP_AFTER=STEP] python benchmarks/recorded_train.py --config=... --workdir=...
 
 WORKDIR/batches-INDEX.txt gets a line for each row of each batch that is fetched: the number of the batch, the row's in
 the global batch, and a hash of its arrays, scans and points. With PROCESS it is one of the processes of a run on this
-computer.
+computer; with STOP_AFTER it gets SIGTERM during that step.
 """
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def recording(samples: pipeline.Samples, **options: Any) -> Iterator[pipeline.Sa
             first = samples.process * samples.local_batch
             file.write("".join(f"{step} {first + row} {text}\n" for row, text in enumerate(row_hashes(batch))))
             file.flush()
+            if step == int(os.environ.get("STOP_AFTER", -1)):  # batch k is fetched during the update to step k
+                os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
 

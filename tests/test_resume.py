@@ -1,0 +1,92 @@
+"""A run that is killed, or goes on elsewhere, is the run that it would have been."""
+
+import os
+import random
+import signal
+import socket
+
+import faults
+import numpy as np
+import pytest
+from builders import noise_store
+from recorded_train import fetched
+from test_report import SHAPE, embed
+
+from alice_jax import coverage, metrics
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Of a training on mined pairs with drop path, a checkpoint every other step."""
+    store = noise_store(str(tmp_path_factory.mktemp("resume") / "store"), scans=6, shape_zyx=SHAPE)
+    embed(store)
+    return ["--config=tests/configs/small.py", f"--config.data.store={store.path}", "--config.steps=6"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The processes compile each program once."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def test_killed_while_it_writes_a_checkpoint(arguments, tmp_path):
+    tally = faults.kill_runs(arguments, str(tmp_path), ["saving"], random.Random(0))
+    assert tally["differences"] == [] and tally["resumed_exactly"] == 1
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(arguments, tmp_path):
+    moments = ["stepping", "saving", "starting", "saving", "stepping"]
+    tally = faults.kill_runs([*arguments, "--config.steps=40"], str(tmp_path), moments, random.Random(1))
+    assert tally["differences"] == [] and tally["resumed_exactly"] == 5
+    assert tally["mid_write"]
+
+
+# ---- The same run, on other devices, processes and workers
+
+
+def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, workers=0, until=None):
+    """Runs all processes of one stretch; only the last of them is told to stop.
+
+    devices: of each process.  until: step after which it is told; None for the end of the run.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = "--xla_backend_optimization_level=0"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices} {flags}")
+    # A step in one part, as it must be for equal numbers: the noise of a part is drawn for all of its samples at once.
+    settings = [f"--config.microbatch={8 // (devices * processes)}", f"--config.data.workers={workers}"]
+    running = []
+    for index in range(processes):
+        monkeypatch.setenv("PROCESS", f"{index},{processes},{port}")
+        monkeypatch.setenv("STOP_AFTER", str(until) if until and index == processes - 1 else "-1")
+        running.append(faults.start([*arguments, *settings], workdir))
+    for process in running:
+        _, errors = process.communicate(timeout=faults.PATIENCE_S)
+        assert process.returncode == (128 + signal.SIGTERM if until else 0), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stretches",
+    [
+        [dict(devices=8, until=2), dict(devices=4, workers=2, until=4), dict(devices=1, workers=1)],
+        [dict(processes=2, until=2), dict(processes=1, devices=4, until=4), dict(processes=2, devices=2, workers=1)],
+    ],
+    ids=["8, 4, 1 devices", "2, 1, 2 processes"],
+)
+def test_elsewhere(arguments, tmp_path, monkeypatch, stretches):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    go_on(monkeypatch, arguments, whole)
+    for stretch in stretches:
+        go_on(monkeypatch, arguments, parts, **stretch)
+    assert fetched(parts) == fetched(whole)  # six batches and the one fetched ahead, of eight rows
+    assert sorted(fetched(whole)) == [(step, row) for step in range(7) for row in range(8)]
+    assert coverage.read(parts) == coverage.read(whole)
+    assert len(metrics.read(parts)) == len(metrics.read(whole))
+    for line, expected in zip(faults.logged(parts), faults.logged(whole), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3), line["step"]
+    provenance = [(entry["processes"], entry["devices"]) for entry in faults.provenance.read(parts)]
+    assert len(provenance) == len(stretches)
