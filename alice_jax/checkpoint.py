@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from alice_jax.errors import UserError
+from alice_jax.errors import Stalled, UserError
 
 Tree = Any
 HOST, CHECKSUMS = "host.json", "checksums.json"
@@ -50,6 +50,7 @@ class Checkpoints:
         self._workdir, self._keep = workdir, keep
         self._folder = _directory(workdir) / "checkpoints"
         self._pending = (0, "")  # the step being written and its host's part
+        self._failed = False
         if jax.process_index() == 0:
             for step in newest_intact(workdir)[1]:
                 aside = self._folder / f"{step}.damaged"
@@ -71,8 +72,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._naming_faults():
-            self._manager.close()
+        if not self._failed:
+            with self._naming_faults():
+                self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -118,15 +120,19 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _naming_faults(self) -> Iterator[None]:
-        """What Orbax and TensorStore make of a full disk or a folder that is gone becomes one line."""
+        """What Orbax and TensorStore make of a full disk or a folder that is gone becomes one line.
+
+        Their threads may wait for what was not written for another 20 minutes.
+        """
         try:
             yield
         except Exception as error:
+            self._failed = True
             left = max(_steps(self._folder), default=None)
             rest = "there is none before it" if left is None else f"the last one, of step {left}, is intact"
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--workdir {self._workdir}: a checkpoint cannot be written ({reason[:300]}); {rest}; see to space and "
+            reason = " ".join(str(error).split())[-200:]  # TensorStore's texts end with what the system said
+            raise Stalled(
+                f"--workdir {self._workdir}: a checkpoint cannot be written ({reason}); {rest}; see to space and "
                 "permissions, then run the same command again"
             ) from error
 

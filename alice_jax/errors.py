@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class Stalled(UserError):
-    """Something hangs in a thread that nothing can end, so that the process must be left at once."""
+    """Threads hang, or may for many minutes, that nothing can end: commands leave the process at once."""

@@ -10,6 +10,7 @@ centers, optimizer state and coverage. Runs follow one another until there were 
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import signal
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from recorded_train import fetched
 
@@ -52,14 +54,22 @@ def logged(workdir: str) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics.read(workdir)]
 
 
-def saving(workdir: str) -> bool:
-    """Whether a checkpoint is being written."""
-    return any((Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+def saving(workdir: str, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after that time."""
+    partial = (Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp")
+    with contextlib.suppress(FileNotFoundError):  # just completed
+        return any(path.stat().st_mtime >= since for path in partial)
+    return False
 
 
-def kill(arguments: Sequence[str], workdir: str, moment: str, draw: random.Random) -> bool:
-    """Starts it and kills it at a random instant of that kind; False if it came to its end before."""
-    before, process = len(fetched(workdir)), start(arguments, workdir)
+def kill(arguments: Sequence[str], workdir: str, moment: str, draw: random.Random) -> str | None:
+    """Starts it and kills it at a random instant of that kind.
+
+    Returns:
+      What the kill hit: the moment, but "saving" whenever a checkpoint is left half written; None where the run came to
+      its end before.
+    """
+    began, before, process = time.time(), len(fetched(workdir)), start(arguments, workdir)
     deadline = time.monotonic() + PATIENCE_S
 
     def wait_until(condition: Any) -> None:
@@ -75,12 +85,14 @@ def kill(arguments: Sequence[str], workdir: str, moment: str, draw: random.Rando
             time.sleep(draw.uniform(0, 3))
         else:
             for _ in range(draw.randrange(1, 4)):  # the first to third checkpoint that it writes
-                wait_until(lambda: not saving(workdir))
-                wait_until(lambda: saving(workdir))
+                wait_until(lambda: not saving(workdir, began))
+                wait_until(lambda: saving(workdir, began))
             time.sleep(draw.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return process.returncode == -signal.SIGKILL
+    if process.returncode != -signal.SIGKILL:
+        return None
+    return "saving" if saving(workdir, began) else moment
 
 
 def differences(workdir: str, whole: str) -> list[str]:
@@ -96,8 +108,6 @@ def differences(workdir: str, whole: str) -> list[str]:
 
 def final_differences(workdir: str, whole: str) -> list[str]:
     """The same for runs that have reached their end: also what they left behind."""
-    import jax
-
     found = differences(workdir, whole)
     if len(logged(workdir)) != len(logged(whole)):
         found.append("how much was logged")
@@ -117,16 +127,17 @@ def kill_runs(arguments: Sequence[str], folder: str, moments: Sequence[str], dra
     """Kills at these moments, in as many runs as it takes, each of which is then finished; the tally."""
     whole = str(Path(folder) / "undisturbed")
     finish(arguments, whole)
-    tally: dict[str, Any] = {"kills": collections.Counter(), "mid_write": 0, "resumed_exactly": 0, "differences": []}
+    tally: dict[str, Any] = {"kills": collections.Counter(), "resumed_exactly": 0, "differences": []}
     waiting = list(moments)
     for run in range(len(moments)):
         workdir, killed = str(Path(folder) / f"killed-{run}"), 0
-        while waiting and kill(arguments, workdir, waiting[0], draw):
-            tally["kills"][waiting.pop(0)] += 1
-            tally["mid_write"] += saving(workdir)
+        while waiting and (hit := kill(arguments, workdir, waiting[0], draw)):
+            tally["kills"][hit] += 1
+            waiting.pop(0)
             killed += 1
             found = differences(workdir, whole)
-            print(f"kill {sum(tally['kills'].values())}: {describe(workdir)}; differs in {found or 'nothing'}")
+            number = sum(tally["kills"].values())
+            print(f"kill {number}, {hit}: {describe(workdir)}; differs in {found or 'nothing'}", flush=True)
             tally["differences"] += [f"run {run}, kill {killed}: {what}" for what in found]
         finish(arguments, workdir)
         found = final_differences(workdir, whole)
