@@ -25,6 +25,7 @@ from alice_jax.errors import Stalled, UserError
 Sample = dict[str, Any]  # arrays for the devices, and under "meta" arrays for the host's records
 Sampler = Callable[[int, np.random.Generator, np.random.Generator], Sample]
 
+CLOSING_S = 10.0  # that workers get to end by themselves
 _SAMPLE, _BATCH, _SHUFFLE = range(3)  # first part of a generator's address
 
 
@@ -112,7 +113,9 @@ def _watched(stream: Any, timeout_s: float) -> Iterator[Sample]:
                 fetched.put(error)
         stream.close()  # ends its threads and processes
 
-    threading.Thread(target=fetch, daemon=True).start()
+    fetching = threading.Thread(target=fetch, daemon=True)
+    fetching.start()
+    patience_s = CLOSING_S
     try:
         while True:
             asked.put(True)
@@ -128,6 +131,7 @@ def _watched(stream: Any, timeout_s: float) -> Iterator[Sample]:
                 raise got
             yield got
     except queue.Empty:
+        patience_s = 0.0
         for worker in multiprocessing.active_children():
             worker.kill()
         raise Stalled(
@@ -136,3 +140,4 @@ def _watched(stream: Any, timeout_s: float) -> Iterator[Sample]:
         ) from None
     finally:
         asked.put(False)
+        fetching.join(patience_s)
