@@ -83,7 +83,7 @@ class Checkpoints:
     def check_space(self, shapes: Tree) -> None:
         """A `UserError` where the disk has no room for as many states as are kept, and the one being written."""
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-        held = sum(file.stat().length for file in _files(self._folder))
+        held = sum(file.stat().length for step in _steps(self._folder) for file in _files(self._folder / str(step)))
         free = shutil.disk_usage(self._folder).free
         if held + free < (self._keep + 1) * size:
             raise UserError(
@@ -129,7 +129,7 @@ class Checkpoints:
         except Exception as error:
             self._failed = True
             left = max(_steps(self._folder), default=None)
-            rest = "there is none before it" if left is None else f"the last one, of step {left}, is intact"
+            rest = "there is none before it" if left is None else f"the last one, of step {left}, is untouched"
             reason = " ".join(str(error).split())[-200:]  # TensorStore's texts end with what the system said
             raise Stalled(
                 f"--workdir {self._workdir}: a checkpoint cannot be written ({reason}); {rest}; see to space and "

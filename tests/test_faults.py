@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path):
     )
     assert done.stdout.splitlines() == ["code 1", "intact (2, [])"], done.stderr
     assert len(errors_of(done)) == 1
-    assert errors_of(done)[0].startswith("error: --workdir") and "the last one, of step 2, is intact" in done.stderr
+    assert errors_of(done)[0].startswith("error: --workdir") and "the last one, of step 2, is untouched" in done.stderr
 
 
 def test_a_read_only_folder_is_one_line(tmp_path):
