@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -104,6 +105,22 @@ def run_until(config, workdir, step):
         return train.run(config, workdir)
     finally:
         metrics.Metrics.step = log
+
+
+def test_killed_while_it_writes_a_checkpoint(finished, store, tmp_path):
+    """At random moments, with batches compared and mined points: test_resume."""
+    process = command(f"--config={SMALL}", f"--workdir={tmp_path}", f"--config.data.store={store}",
+                      "--config.views.kind=random")  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert train.run(small(store), str(tmp_path)) == 0
+    assert_same(state_of(str(tmp_path)), state_of(finished))
+    assert without_times(str(tmp_path)) == without_times(finished)
+    assert coverage_of(str(tmp_path)) == coverage_of(finished)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(finished, store, tmp_path, capsys):
