@@ -8,7 +8,8 @@ Ctrl-C finishes the step, saves and exits with 128 + the signal's number; a seco
 The order of a step, on which exact resuming rests:
   1. global batch k, a pure function of (seed, k), is consumed by the update from step k to k + 1;
   2. while an update runs, the next batch is fetched; then the update's numbers are examined;
-  3. only a state whose numbers were finite is validated or saved, and only between updates.
+  3. an update with a number that is not finite changes nothing but the step; the run stops, or goes on if it may;
+  4. a state is validated or saved only between updates.
 """
 
 import json
@@ -26,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, host, provenance, report, sharding, tasks, train_state
+from alice_jax import broken, builtin, checkpoint, cli, collapse, host, provenance, report, sharding, tasks, train_state
 from alice_jax.coverage import Coverage
 from alice_jax.data import embeddings, pipeline
 from alice_jax.data.store import Store
@@ -43,6 +44,11 @@ MAY_CHANGE = (
     "validate_every",
     "data.workers",
     "data.threads",
+    "numerics.skip",
+    "numerics.collapse",
+    "numerics.entropy",
+    "numerics.variance",
+    "numerics.effective_rank",
 )
 
 
@@ -77,7 +83,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         codec = embeddings.read_codec(store) if mined else None
         provenance.record(workdir, start, None if codec is None else codec.embedder)
     train_step = sharding.compiled_step(task.objective, key, mesh, parts)
-    eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
+    eval_step = jax.jit(train_state.make_eval_step(task.objective, key), out_shardings=sharding.replicated(mesh))
+    ranges = tasks.healthy_ranges(config)
 
     # ---- Batches
     validation = validation_batches(config, task, mesh, config.batch_size // parts)
@@ -92,12 +99,13 @@ def run(config: ConfigDict, workdir: str) -> int:
     )
     stream = pipeline.batches(samples, start_step=start, workers=config.data.workers, threads=config.data.threads)
     coverage = Coverage(workdir, task.scans, start)
+    watch = broken.Watch(workdir, allowed=config.numerics.skip, start=start, scans=task.scans, parts=parts)
 
-    def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], float]:
+    def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], dict[str, np.ndarray], float]:
         began = time.perf_counter()
         rows = next(stream)
         noted = rows.pop("meta")
-        return sharding.global_parts(mesh, rows, parts), noted, time.perf_counter() - began
+        return sharding.global_parts(mesh, rows, parts), rows, noted, time.perf_counter() - began
 
     # ---- The loop
     metrics = Metrics(
@@ -108,19 +116,21 @@ def run(config: ConfigDict, workdir: str) -> int:
         enabled=jax.process_index() == 0,
     )
     with checkpoints, metrics, StopSignal() as stop:
-        batch, meta, _ = next_batch()
+        batch, rows, meta, _ = next_batch()
         for done in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, on_device = train_step(state, batch)
-            used = meta
-            batch, meta, data_wait = next_batch()
+            used_rows, used = rows, meta
+            batch, rows, meta, data_wait = next_batch()
             scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
             step_time = time.perf_counter() - began
-            refuse_non_finite(done, scalars, used, task)
+            if left_out := watch.examine(done, scalars, state, used_rows, used):
+                metrics.say(left_out)
 
             scalars |= coverage.count(used["scans"]) | summarised(used)
             scalars |= {
+                "skipped_updates": watch.skipped,
                 "step_time_s": step_time,
                 "data_wait_s": data_wait,
                 "volumes_per_s": config.batch_size * task.volumes_per_sample / step_time,
@@ -128,7 +138,15 @@ def run(config: ConfigDict, workdir: str) -> int:
             metrics.step(done, scalars)
             last = done == config.steps
             if validation and (last or done % config.validate_every == 0):
-                metrics.write(done, validated(eval_step, state, validation))
+                held_out = validated(eval_step, state, validation)
+                metrics.write(done, held_out)
+                if collapsed := collapse.outside(held_out, ranges):
+                    words = f"step {done}: the features may have collapsed: {'; '.join(collapsed)} (docs/faults.md)"
+                    if config.numerics.collapse == "stop":
+                        checkpoints.save(done, state)
+                        coverage.save(done)
+                        raise UserError(f"{words}; saved; set numerics.collapse to warn to go on all the same")
+                    metrics.say(words)
             if last or stop.signal or done % config.checkpoint_every == 0:
                 checkpoints.save(done, state)
                 coverage.save(done)
@@ -173,6 +191,7 @@ def check(config: ConfigDict) -> None:
         ("seed", config.seed),
         ("microbatch", config.microbatch),
         ("data.workers", config.data.workers),
+        ("numerics.skip", config.numerics.skip),
     ):
         if value < 0:
             raise UserError(f"{field} {value}: give a whole number of 0 or more")
@@ -230,27 +249,16 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
 
 
 def validated(eval_step: Any, state: train_state.TrainState, batches: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean metrics over the held-out scans."""
-    results = [jax.device_get(eval_step(state, batch)) for batch in batches]
-    return {f"validation/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
+    """Mean metrics over the held-out scans, and the spread of their features."""
+    results, features = zip(*(jax.device_get(eval_step(state, batch)) for batch in batches), strict=True)
+    means = {name: float(np.mean([r[name] for r in results])) for name in results[0]}
+    return {f"validation/{name}": value for name, value in (means | collapse.spread(features)).items()}
 
 
 def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
     """Means of what the sampler noted of this batch's samples, over those for which it is known."""
     known = {name: values[np.isfinite(values)] for name, values in meta.items() if values.ndim == 1}
     return {f"views/{name}": float(np.mean(values)) for name, values in known.items() if len(values)}
-
-
-def refuse_non_finite(step: int, scalars: dict[str, float], meta: dict[str, np.ndarray], task: tasks.Task) -> None:
-    """Stops before a broken number is saved."""
-    broken = [name for name in ("loss", "gradient_norm") if not math.isfinite(scalars[name])]
-    if broken:
-        cases = sorted({task.scans[i] for i in np.ravel(meta["scans"])})
-        raise UserError(
-            f"step {step}: {' and '.join(broken)} not finite, with the scans {', '.join(cases)}; nothing of this step "
-            "was saved; lower optimizer.lr or look at these scans, then run the same command to go on from the last "
-            "checkpoint"
-        )
 
 
 class StopSignal:
