@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,31 +74,32 @@ class Watch:
         step: int,
         metrics: Mapping[str, float],
         state: TrainState,
-        rows: Mapping[str, np.ndarray],
-        meta: Mapping[str, np.ndarray],
+        rows: Mapping[str, Any],
     ) -> str:
         """A line to say if the update to `step` was left out; a `UserError` if it was one too many.
 
         Args:
           metrics: of that update.
           state: after it.
-          rows, meta: this process's part of its batch.
+          rows: this process's part of its batch, with "meta".
         """
         broken = numerics.not_finite(metrics)
         if not broken:
             return ""
-        scans = self._scans[meta["scans"]]
+        scans = self._scans[rows["meta"]["scans"]]
+        arrays = {name: values for name, values in rows.items() if name != "meta"}
         what = f"step {step}: {' and '.join(broken)} not finite, with the scans {', '.join(np.unique(scans))}"
         try:
-            write(self._workdir, Update(step, self._parts, [rows], scans, metrics), state)
+            write(self._workdir, Update(step, self._parts, [arrays], scans, metrics), state)
         except (OSError, ValueError) as error:
             raise UserError(f"{what}; stopped, since its batch could not be written: {error}") from error
         where = f"python -m alice_jax.reproduce --workdir {self._workdir} --step {step}"
-        if self.skipped == self._allowed:
+        if self.skipped >= self._allowed:
+            before = f", {self.skipped} before it were left out" if self.skipped else ""
             raise UserError(
-                f"{what}; it changed nothing and {self.skipped} others were left out before; see where it comes from "
-                f"by {where}; lower optimizer.lr, mend these scans or raise numerics.skip {self._allowed}, then run "
-                "the same command to go on from the last checkpoint"
+                f"{what}; nothing of it is in the state{before}; see where it comes from by {where}; lower "
+                f"optimizer.lr, mend these scans or raise numerics.skip (now {self._allowed}), then run the same "
+                "command to go on from the last checkpoint"
             )
         self.skipped += 1
         return f"{what}; left out, {self.skipped} of at most {self._allowed}; see where it comes from by {where}"
@@ -149,6 +151,14 @@ def read(workdir: str, step: int | None = None) -> Update:
         scans=np.concatenate([file["scans"] for file in files]),
         metrics={name: float(value) for name, value in _under("metrics/", files[0]).items()},
     )
+
+
+def state_before(workdir: str, step: int, like: TrainState) -> TrainState:
+    """The state before the update to `step`, with the shapes and shardings of `like`."""
+    with checkpoint.Checkpoints(str(folder(workdir, step))) as checkpoints:
+        if checkpoints.latest_step is None:
+            raise UserError(f"{folder(workdir, step)}: holds no state; let the run break there again")
+        return checkpoints.restore(step - 1, like)
 
 
 def _under(start: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

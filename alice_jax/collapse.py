@@ -49,18 +49,19 @@ def spread(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     return metrics
 
 
-def outside(metrics: Mapping[str, float], ranges: Ranges) -> list[str]:
-    """Names each metric that has left its range.
+def judged(metrics: Mapping[str, float], ranges: Ranges) -> str:
+    """Names the metrics that have left their range; "" if all keep to it.
 
     Args:
       ranges: (lowest, highest) by the beginning of a metric's name.
 
-    >>> outside({"effective_rank_crops": 1.25, "effective_rank_tokens": 7.5}, {"effective_rank": (1.5, np.inf)})
-    ['effective_rank_crops is 1.25, not within 1.5 and inf']
+    >>> judged({"effective_rank_crops": 1.25, "effective_rank_tokens": 7.5}, {"effective_rank": (1.5, np.inf)})
+    'features have collapsed or are about to: effective_rank_crops 1.25 (healthy: 1.5 to inf)'
     """
-    return [
-        f"{name} is {value:.3g}, not within {low:.3g} and {high:.3g}"
+    found = [
+        f"{name} {value:.3g} (healthy: {low:.3g} to {high:.3g})"
         for name, value in metrics.items()
         for start, (low, high) in ranges.items()
         if name.startswith(start) and not low <= value <= high
     ]
+    return f"features have collapsed or are about to: {', '.join(found)}" if found else ""

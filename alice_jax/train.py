@@ -101,11 +101,11 @@ def run(config: ConfigDict, workdir: str) -> int:
     coverage = Coverage(workdir, task.scans, start)
     watch = broken.Watch(workdir, allowed=config.numerics.skip, start=start, scans=task.scans, parts=parts)
 
-    def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], dict[str, np.ndarray], float]:
+    def next_batch() -> tuple[list[dict[str, jax.Array]], pipeline.Sample, float]:
         began = time.perf_counter()
         rows = next(stream)
-        noted = rows.pop("meta")
-        return sharding.global_parts(mesh, rows, parts), rows, noted, time.perf_counter() - began
+        arrays = {name: values for name, values in rows.items() if name != "meta"}
+        return sharding.global_parts(mesh, arrays, parts), rows, time.perf_counter() - began
 
     # ---- The loop
     metrics = Metrics(
@@ -116,19 +116,20 @@ def run(config: ConfigDict, workdir: str) -> int:
         enabled=jax.process_index() == 0,
     )
     with checkpoints, metrics, StopSignal() as stop:
-        batch, rows, meta, _ = next_batch()
+        batch, rows, _ = next_batch()
         for done in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, on_device = train_step(state, batch)
-            used_rows, used = rows, meta
-            batch, rows, meta, data_wait = next_batch()
+            used = rows
+            batch, rows, data_wait = next_batch()
             scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
             step_time = time.perf_counter() - began
-            if left_out := watch.examine(done, scalars, state, used_rows, used):
+            if left_out := watch.examine(done, scalars, state, used):
                 metrics.say(left_out)
+                scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
 
-            scalars |= coverage.count(used["scans"]) | summarised(used)
+            scalars |= coverage.count(used["meta"]["scans"]) | summarised(used["meta"])
             scalars |= {
                 "skipped_updates": watch.skipped,
                 "step_time_s": step_time,
@@ -136,20 +137,19 @@ def run(config: ConfigDict, workdir: str) -> int:
                 "volumes_per_s": config.batch_size * task.volumes_per_sample / step_time,
             }
             metrics.step(done, scalars)
-            last = done == config.steps
+            last, collapsed = done == config.steps, ""
             if validation and (last or done % config.validate_every == 0):
                 held_out = validated(eval_step, state, validation)
                 metrics.write(done, held_out)
-                if collapsed := collapse.outside(held_out, ranges):
-                    words = f"step {done}: the features may have collapsed: {'; '.join(collapsed)} (docs/faults.md)"
-                    if config.numerics.collapse == "stop":
-                        checkpoints.save(done, state)
-                        coverage.save(done)
-                        raise UserError(f"{words}; saved; set numerics.collapse to warn to go on all the same")
-                    metrics.say(words)
-            if last or stop.signal or done % config.checkpoint_every == 0:
+                collapsed = collapse.judged(held_out, ranges)
+                if collapsed and config.numerics.collapse != "stop":
+                    metrics.say(f"step {done}: {collapsed}")
+                    collapsed = ""
+            if last or stop.signal or collapsed or done % config.checkpoint_every == 0:
                 checkpoints.save(done, state)
                 coverage.save(done)
+            if collapsed:
+                raise UserError(f"step {done}: {collapsed}; saved; numerics.collapse=warn would go on all the same")
             if stop.signal and not last:
                 metrics.say(f"stopped by signal {stop.signal} after step {done}; the same command goes on from there")
                 return 128 + stop.signal
