@@ -88,7 +88,7 @@ class Watch:
             return ""
         scans = self._scans[rows["meta"]["scans"]]
         arrays = {name: values for name, values in rows.items() if name != "meta"}
-        what = f"step {step}: {' and '.join(broken)} not finite, with the scans {', '.join(np.unique(scans))}"
+        what = f"step {step}: {', '.join(broken)} not finite, with the scans {', '.join(np.unique(scans))}"
         try:
             write(self._workdir, Update(step, self._parts, [arrays], scans, metrics), state)
         except (OSError, ValueError) as error:
@@ -115,7 +115,7 @@ def steps(workdir: str) -> list[int]:
 
 
 def write(workdir: str, update: Update, state: TrainState) -> None:
-    """Writes this process's rows, in one piece, and the state before the update; every process must call it.
+    """Writes this process's rows and the state before the update; every process must call it.
 
     Args:
       state: after the update, which changed nothing but its step.
@@ -123,7 +123,11 @@ def write(workdir: str, update: Update, state: TrainState) -> None:
     place = folder(workdir, update.step)
     with checkpoint.Checkpoints(str(place), keep=1) as checkpoints:
         checkpoints.save(update.step - 1, dataclasses.replace(state, step=state.step - 1))
-    path = place / FILE.format(jax.process_index(), jax.process_count())
+    write_rows(place / FILE.format(jax.process_index(), jax.process_count()), update)
+
+
+def write_rows(path: Path, update: Update) -> None:
+    """Writes the rows of one process in one piece."""
     arrays = {"step": np.array(update.step), "parts": np.array(update.parts), "scans": update.scans}
     arrays |= {f"rows/{name}": values for name, values in update.rows[0].items()}
     arrays |= {f"metrics/{name}": np.array(value) for name, value in update.metrics.items()}
@@ -169,5 +173,5 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); let the run break there again") from None

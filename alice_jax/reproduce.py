@@ -114,7 +114,7 @@ def verdict(inputs: Sequence[str], layer: numerics.Layer, now: Mapping[str, floa
     still = numerics.not_finite(now)
     if not still:
         return "not reproduced: every number is finite here"
-    words = f"reproduced: {' and '.join(still)} not finite"
+    words = f"reproduced: {', '.join(still)} not finite"
     if inputs:
         return f"{words}; nor are the samples of {'; '.join(inputs)}"
     if layer.not_finite:
