@@ -69,13 +69,7 @@ class Watch:
         self._workdir, self._allowed, self._scans, self._parts = workdir, allowed, np.array(scans), parts
         self.skipped = sum(step <= start for step in steps(workdir))
 
-    def examine(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        state: TrainState,
-        rows: Mapping[str, Any],
-    ) -> str:
+    def examine(self, step: int, metrics: Mapping[str, float], state: TrainState, rows: Mapping[str, Any]) -> str:
         """A line to say if the update to `step` was left out; a `UserError` if it was one too many.
 
         Args:
@@ -111,7 +105,8 @@ def folder(workdir: str, step: int) -> Path:
 
 def steps(workdir: str) -> list[int]:
     """Of all updates that were left out."""
-    return sorted(int(path.parent.name) for path in Path(workdir).glob(f"broken/*/{FILE.format(0, '*')}"))
+    folders = {path.parent.name for path in Path(workdir).glob(f"broken/*/{FILE.format(0, '*')}")}
+    return sorted(int(name) for name in folders if name.isdigit())
 
 
 def write(workdir: str, update: Update, state: TrainState) -> None:

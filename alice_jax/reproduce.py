@@ -2,9 +2,9 @@
 
     python -m alice_jax.reproduce --workdir DIR [--step N]
 
-The batch and the state before the update lie in DIR/broken/N. On devices of the same kind and number as the run's, the
-numbers are the same bit for bit; elsewhere they differ by rounding. Exits with 0 if the update is broken here too, and
-with 1 if it is not.
+The batch and the state before the update lie in DIR/broken/N. For a run of one process, devices of the same kind and
+number give the same numbers bit for bit; otherwise they differ by rounding. Exits with 0 if the update is broken here
+too, and with 1 if it is not.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.numerics = ConfigDict()  # docs/faults.md
     config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
     config.numerics.collapse = "warn"  # or "stop", or "ignore": at validation, when features are all alike
-    config.numerics.variance = 0.01  # of features, at least
+    config.numerics.variance = 0.001  # of features, at least
     config.numerics.effective_rank = 1.5  # of features, at least
 
     config.data = ConfigDict()

@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
     config.numerics.collapse = "warn"  # or "stop", or "ignore": at validation, when features are all alike
     config.numerics.entropy = (0.02, 0.995)  # of the teacher, as shares of the largest possible; outside: collapse
-    config.numerics.variance = 0.01  # of features, at least
+    config.numerics.variance = 0.001  # of features, at least
     config.numerics.effective_rank = 1.5  # of features, at least
 
     config.data = ConfigDict()

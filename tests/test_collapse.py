@@ -15,7 +15,7 @@ from alice_jax.errors import UserError
 from configs import embedder, pretrain
 
 RNG = np.random.default_rng(0)
-RANGES = {"variance": (0.01, math.inf), "effective_rank": (1.5, math.inf)}
+RANGES = {"variance": (0.001, math.inf), "effective_rank": (1.5, math.inf)}
 
 
 @pytest.mark.parametrize(
