@@ -19,6 +19,7 @@ from test_train import small, state_of
 from alice_jax import broken, checkpoint, metrics, numerics, reproduce, sharding, tasks, train
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective
+from alice_jax.reporting import runs
 from alice_jax.train_state import TrainState
 
 KEY = jax.random.key(0)
@@ -265,6 +266,7 @@ def test_a_run_stops_or_skips_and_goes_on_or_halts_at_a_collapse(store, tmp_path
     assert not np.array_equal(second["params"]["backbone"]["mask_token"], third["params"]["backbone"]["mask_token"])
     lines = [line for line in metrics.read(workdir) if "skipped_updates" in line]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 1] and "loss" not in lines[1]
+    assert "not of steps 2: see" in next(c.text for c in runs.checks(runs.read(workdir)) if "All updates" in c.name)
     update = broken.read(workdir)
     assert [np.isinf(rows["volumes"][0, 0, 3, 3, 3, 0]) for rows in update.samples()] == [True] * 8
 
