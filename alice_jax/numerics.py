@@ -14,7 +14,7 @@ import numpy as np
 from alice_jax.optimizer import parameter_name
 
 Tree = Any
-GUARDED = ("loss", "gradient_norm", "state_norm")  # metrics of a step; an infinite or missing number shows in one
+GUARDED = ("loss", "gradient_norm", "state_norm")  # metrics of a step; any NaN or infinity shows in one
 
 
 def finite_or(old: Tree, new: Tree, metrics: Mapping[str, jax.Array]) -> Tree:
@@ -60,7 +60,7 @@ def with_layers(loss: Callable[..., Any]) -> Callable[..., Any]:
         def note(call, args, kwargs, context):
             result = call(*args, **kwargs)
             for array in jax.tree.leaves(result):
-                size = jnp.abs(jax.lax.stop_gradient(array).astype(jnp.float32))
+                size = jnp.abs(jax.lax.stop_gradient(jnp.asarray(array, jnp.float32)))
                 finite = jnp.isfinite(size)
                 largest = jnp.max(size, where=finite, initial=0)
                 path = "/".join((_network(context.module), *context.module.path))
