@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from alice_jax import checkpoint, schedules
+from alice_jax import checkpoint, collapse, schedules
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler
 from alice_jax.data.embeddings import EmbeddingReader, read_codec
 from alice_jax.data.partners import read_patients
@@ -52,6 +52,20 @@ def make(config: ConfigDict, store: Store) -> Task:
     if config.objective not in TASKS:
         raise UserError(f"objective {config.objective!r}: choose one of {', '.join(TASKS)}")
     return TASKS[config.objective](config, store)
+
+
+def healthy_ranges(config: ConfigDict) -> collapse.Ranges:
+    """What metrics of held-out scans keep to unless features collapse; none if that is to be ignored."""
+    limits = config.numerics
+    if limits.collapse not in collapse.ACTIONS:
+        raise UserError(f"numerics.collapse {limits.collapse!r}: choose {', '.join(collapse.ACTIONS)}")
+    if limits.collapse == "ignore":
+        return {}
+    ranges = {"variance": (limits.variance, math.inf), "effective_rank": (limits.effective_rank, math.inf)}
+    if "entropy" in limits:
+        low, high = (share * math.log(config.model.prototypes) for share in limits.entropy)
+        ranges["teacher_entropy"] = (low, high)
+    return {f"validation/{name}": limit for name, limit in ranges.items()}
 
 
 def split(

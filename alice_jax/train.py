@@ -8,7 +8,8 @@ Ctrl-C finishes the step, saves and exits with 128 + the signal's number; a seco
 The order of a step, on which exact resuming rests:
   1. global batch k, a pure function of (seed, k), is consumed by the update from step k to k + 1;
   2. while an update runs, the next batch is fetched; then the update's numbers are examined;
-  3. only a state whose numbers were finite is validated or saved, and only between updates.
+  3. an update with a number that is not finite changes nothing but the step; the run stops, or goes on if it may;
+  4. a state is validated or saved only between updates.
 """
 
 import json
@@ -25,7 +26,21 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import builtin, checkpoint, cli, coverage, host, provenance, report, sharding, tasks, train_state
+from alice_jax import (
+    broken,
+    builtin,
+    checkpoint,
+    cli,
+    collapse,
+    coverage,
+    distributed,
+    host,
+    provenance,
+    report,
+    sharding,
+    tasks,
+    train_state,
+)
 from alice_jax.data import embeddings, pipeline
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -43,6 +58,12 @@ MAY_CHANGE = (
     "data.workers",
     "data.threads",
     "data.timeout_s",
+    "model.remat",
+    "numerics.skip",
+    "numerics.collapse",
+    "numerics.entropy",
+    "numerics.variance",
+    "numerics.effective_rank",
 )
 
 
@@ -82,7 +103,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         if counted:
             coverage.write(workdir, start, counted["coverage"])
     train_step = sharding.compiled_step(task.objective, key, mesh, parts)
-    eval_step = jax.jit(train_state.make_eval_step(task.objective, key))
+    eval_step = jax.jit(train_state.make_eval_step(task.objective, key), out_shardings=sharding.replicated(mesh))
+    ranges = tasks.healthy_ranges(config)
 
     # ---- Batches
     validation = validation_batches(config, task, mesh, config.batch_size // parts)
@@ -103,12 +125,13 @@ def run(config: ConfigDict, workdir: str) -> int:
         timeout_s=config.data.timeout_s,
     )
     used_scans = coverage.Coverage(task.scans, counted.get("coverage"))
+    watch = broken.Watch(workdir, allowed=config.numerics.skip, start=start, scans=task.scans, parts=parts)
 
-    def next_batch() -> tuple[list[dict[str, jax.Array]], dict[str, np.ndarray], float]:
+    def next_batch() -> tuple[list[dict[str, jax.Array]], pipeline.Sample, float]:
         began = time.perf_counter()
         rows = next(stream)
-        noted = rows.pop("meta")
-        return sharding.global_parts(mesh, rows, parts), noted, time.perf_counter() - began
+        arrays = {name: values for name, values in rows.items() if name != "meta"}
+        return sharding.global_parts(mesh, arrays, parts), rows, time.perf_counter() - began
 
     # ---- The loop
     metrics = Metrics(
@@ -120,34 +143,44 @@ def run(config: ConfigDict, workdir: str) -> int:
         enabled=jax.process_index() == 0,
     )
     with checkpoints, metrics, StopSignal() as stop:
-        batch, meta, _ = next_batch()
+        batch, rows, _ = next_batch()
         for done in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             with jax.transfer_guard("disallow"):
                 state, on_device = train_step(state, batch)
-            used = meta
-            batch, meta, data_wait = next_batch()
+            used = rows
+            batch, rows, data_wait = next_batch()
             scalars = {name: float(value) for name, value in jax.device_get(on_device).items()}
-            used = sharding.of_all_processes(used)
+            noted = sharding.of_all_processes(used["meta"])
             step_time = time.perf_counter() - began
-            refuse_non_finite(done, scalars, used, task)
+            if left_out := watch.examine(done, scalars, state, used):
+                metrics.say(left_out)
+                scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
 
-            scalars |= used_scans.count(used["scans"]) | summarised(used)
+            scalars |= used_scans.count(noted["scans"]) | summarised(noted)
             scalars |= {
+                "skipped_updates": watch.skipped,
                 "step_time_s": step_time,
                 "data_wait_s": data_wait,
                 "volumes_per_s": config.batch_size * task.volumes_per_sample / step_time,
             }
             metrics.step(done, scalars)
-            last = done == config.steps
+            last, collapsed = done == config.steps, ""
             if validation and (last or done % config.validate_every == 0):
-                metrics.write(done, validated(eval_step, state, validation))
+                held_out = validated(eval_step, state, validation)
+                metrics.write(done, held_out)
+                collapsed = collapse.judged(held_out, ranges)
+                if collapsed and config.numerics.collapse != "stop":
+                    metrics.say(f"step {done}: {collapsed}")
+                    collapsed = ""
             stopping = stop.agreed()
-            if last or stopping or done % config.checkpoint_every == 0:
+            if last or stopping or collapsed or done % config.checkpoint_every == 0:
                 counted = {"coverage": used_scans.counted(), "since_logged": metrics.since_logged}
                 checkpoints.save(done, state, counted)
                 if jax.process_index() == 0:
                     coverage.write(workdir, done, counted["coverage"])
+            if collapsed:
+                raise UserError(f"step {done}: {collapsed}; saved; numerics.collapse=warn would go on all the same")
             if stopping and not last:
                 metrics.say(f"stopped by signal {stopping} after step {done}; the same command goes on from there")
                 return 128 + stopping
@@ -189,6 +222,7 @@ def check(config: ConfigDict) -> None:
         ("seed", config.seed),
         ("microbatch", config.microbatch),
         ("data.workers", config.data.workers),
+        ("numerics.skip", config.numerics.skip),
     ):
         if value < 0:
             raise UserError(f"{field} {value}: give a whole number of 0 or more")
@@ -249,27 +283,16 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
 
 
 def validated(eval_step: Any, state: train_state.TrainState, batches: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean metrics over the held-out scans."""
-    results = [jax.device_get(eval_step(state, batch)) for batch in batches]
-    return {f"validation/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
+    """Mean metrics over the held-out scans, and the spread of their features."""
+    results, features = zip(*(jax.device_get(eval_step(state, batch)) for batch in batches), strict=True)
+    means = {name: float(np.mean([r[name] for r in results])) for name in results[0]}
+    return {f"validation/{name}": value for name, value in (means | collapse.spread(features)).items()}
 
 
 def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
     """Means of what the sampler noted of this batch's samples, over those for which it is known."""
     known = {name: values[np.isfinite(values)] for name, values in meta.items() if values.ndim == 1}
     return {f"views/{name}": float(np.mean(values)) for name, values in known.items() if len(values)}
-
-
-def refuse_non_finite(step: int, scalars: dict[str, float], meta: dict[str, np.ndarray], task: tasks.Task) -> None:
-    """Stops before a broken number is saved."""
-    broken = [name for name in ("loss", "gradient_norm") if not math.isfinite(scalars[name])]
-    if broken:
-        cases = sorted({task.scans[i] for i in np.ravel(meta["scans"])})
-        raise UserError(
-            f"step {step}: {' and '.join(broken)} not finite, with the scans {', '.join(cases)}; nothing of this step "
-            "was saved; lower optimizer.lr or look at these scans, then run the same command to go on from the last "
-            "checkpoint"
-        )
 
 
 def say(text: str) -> None:
@@ -280,6 +303,7 @@ def say(text: str) -> None:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, such as configs/pretrain.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; runs/NAME-OF-THE-CONFIG by default")
+_DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "one run of all processes of this cluster")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         print("Flags:\n  --config   configuration file, such as configs/pretrain.py:tiny; its fields are in the file")
         print("  --workdir  folder of this run; runs/NAME-OF-THE-CONFIG by default")
+        print("  --distributed  one run of all processes that a cluster has started: srun, TPU hosts, Open MPI")
         return 0
     try:
         rest = flags.FLAGS(["train", *arguments])
@@ -302,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    if _DISTRIBUTED.value:
+        distributed.join()
     host.settle()
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
     try:

@@ -1,5 +1,6 @@
 """The state of a run and the one jitted step that advances it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alice_jax import numerics
 from alice_jax.objectives import Batch, Objective
 
 Tree = Any
@@ -18,7 +20,8 @@ class TrainState:
     """Everything that a checkpoint holds.
 
     Attributes:
-      step: updates done so far; global batch k is consumed by the update from step k to k + 1.
+      step: batches consumed so far; global batch k is consumed by the update from step k to k + 1. An update with a
+        number that is not finite leaves all but the step as it was.
       params: what gradients train.
       extra: the objective's other state: teacher, centers, running statistics.
       opt_state: the optimizer's.
@@ -77,19 +80,22 @@ def make_partial_steps(objective: Objective, key: jax.Array, parts: int) -> tupl
         gradients, stats, metrics = total
         updates, opt_state = objective.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"gradient_norm": optax.global_norm(gradients)}
-        metrics |= {name: schedule(state.step) for name, schedule in objective.schedules.items()}
         extra = objective.update(params, state.extra, stats, state.step)
-        return TrainState(step=state.step + 1, params=params, extra=extra, opt_state=opt_state), metrics
+        metrics |= {"gradient_norm": optax.global_norm(gradients), "state_norm": optax.global_norm((params, extra))}
+        metrics |= {name: schedule(state.step) for name, schedule in objective.schedules.items()}
+        new = TrainState(step=state.step, params=params, extra=extra, opt_state=opt_state)
+        return dataclasses.replace(numerics.finite_or(state, new, metrics), step=state.step + 1), metrics
 
     return part_of, finish
 
 
-def make_eval_step(objective: Objective, key: jax.Array) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-    """The losses of a batch without any noise and without any change of the state."""
+def make_eval_step(
+    objective: Objective, key: jax.Array
+) -> Callable[[TrainState, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Losses and features of a batch, without any noise and without any change of the state."""
 
     def eval_step(state: TrainState, batch: Batch):
         loss, (_, metrics) = objective.loss(state.params, state.extra, batch, key, state.step, False)
-        return metrics | {"loss": loss}
+        return metrics | {"loss": loss}, objective.features(state.params, state.extra, batch)
 
     return eval_step

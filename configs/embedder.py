@@ -38,6 +38,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.validate_every = 500
     config.init_from = ""
 
+    config.numerics = ConfigDict()  # docs/faults.md
+    config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
+    config.numerics.collapse = "warn"  # or "stop", or "ignore": at validation, when features are all alike
+    config.numerics.variance = 0.001  # of features, at least
+    config.numerics.effective_rank = 1.5  # of features, at least
+
     config.data = ConfigDict()
     config.data.store = ""
     config.data.spacing_mm = 2.0  # of the store; the network is trained for this one

@@ -30,6 +30,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every = 10
     config.validate_every = 500
 
+    config.numerics = ConfigDict()  # docs/faults.md
+    config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
+    config.numerics.collapse = "warn"  # or "stop", or "ignore": at validation, when features are all alike
+    config.numerics.entropy = (0.02, 0.995)  # of the teacher, as shares of the largest possible; outside: collapse
+    config.numerics.variance = 0.001  # of features, at least
+    config.numerics.effective_rank = 1.5  # of features, at least
+
     config.data = ConfigDict()
     config.data.store = ""
     config.data.workers = 0  # processes that mine pairs; 0: threads of the training process

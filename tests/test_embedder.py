@@ -360,6 +360,15 @@ def test_running_statistics_follow_the_batch(trained):
     assert np.abs(means[1]).max() > np.abs(means[0]).max() == 0
 
 
+def test_features_are_fine_vectors_of_the_pairs_and_all_coarse_ones(trained):
+    problem, batch, states, _ = trained
+    features = jax.jit(problem.features)(states[-1].params, states[-1].extra, batch)
+    assert features["fine"].shape == (batch["pairs"].size, SMALL["features"])
+    assert len(features["coarse"]) > 0
+    for vectors in features.values():
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-4)
+
+
 def test_a_zero_weight_is_not_computed():
     view = line_of_cells([0.0, 9.0], [[1.0, 0.0], [0.0, 1.0]], 0)
     contrasts = {"fine": objective.Contrast(), "joint": objective.Contrast(weight=0.0)}

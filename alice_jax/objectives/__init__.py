@@ -27,6 +27,7 @@ class Objective:
       update: `(new_params, extra, stats, step) -> extra`, called once after each optimizer step.
       optimizer: from gradients to updates.
       schedules: scalars that are functions of the step alone, for the log.
+      features: `(params, extra, batch) -> {name: (rows, channels)}`, vectors that would be alike after a collapse.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Tree, Tree]]
@@ -34,3 +35,4 @@ class Objective:
     update: Callable[[Tree, Tree, Tree, jax.Array], Tree]
     optimizer: optax.GradientTransformation
     schedules: dict[str, Callable[[jax.Array], jax.Array]]
+    features: Callable[[Tree, Tree, Batch], dict[str, jax.Array]] = lambda params, extra, batch: {}

@@ -251,6 +251,15 @@ class Alice:
             out = dataclasses.replace(out, aligned=aligned, aligned_target=jax.lax.stop_gradient(aligned_target))
         return out
 
+    def features(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        """The teacher's last tokens of whole crops, `(2·batch·tokens, channels)`, and each crop's mean of them."""
+        volumes = batch["volumes"].reshape(-1, *batch["volumes"].shape[2:])
+        position = extra["position"]["teacher"] if "position" in extra else None
+        weights = {"params": extra["teacher"]["backbone"]}
+        skips: Any = self.backbone.apply(weights, volumes, None, position, train=False, method="encode")
+        tokens = skips[-1]
+        return {"tokens": tokens.reshape(-1, tokens.shape[-1]), "crops": mean_token(tokens)}
+
     def losses(
         self, outputs: Outputs, extra: Tree, batch: Batch, temperature_cls: Any, temperature_tokens: Any
     ) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
@@ -360,4 +369,5 @@ def make(
             "teacher_momentum": momentum,
             "teacher_temperature": temperature_cls,
         },
+        features=alice.features,
     )

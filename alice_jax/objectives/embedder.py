@@ -240,4 +240,13 @@ def make(
         blend = lambda old, new: statistics_momentum * old + (1 - statistics_momentum) * new  # noqa: E731
         return jax.tree.map(blend, extra, stats)
 
-    return Objective(init=init, loss=loss, update=update, optimizer=optimizer, schedules=schedules)
+    def features(params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
+        volumes = batch["volumes"].reshape(-1, *batch["volumes"].shape[2:])
+        levels: Any = model.apply({"params": params, **extra}, volumes)
+        fine, coarse = levels
+        channels = fine.shape[-1]
+        pairs = batch["pairs"].reshape(len(volumes), -1, 1)  # all fine cells would be too many
+        fine = jnp.take_along_axis(fine.reshape(len(volumes), -1, channels), pairs, axis=1)
+        return {"fine": fine.reshape(-1, channels), "coarse": coarse.reshape(-1, channels)}
+
+    return Objective(init=init, loss=loss, update=update, optimizer=optimizer, schedules=schedules, features=features)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import checkpoint, coverage, metrics, provenance, tasks
+from alice_jax import broken, checkpoint, coverage, metrics, provenance, tasks
 from alice_jax.data.embedder_views import EmbedderSampler
 from alice_jax.data.pipeline import Sampler, Samples
 from alice_jax.errors import UserError
@@ -26,10 +26,11 @@ GROUPS = (
     ("Losses", r"loss|matching_error|positive_", "Lines: training. Dots: held-out scans."),
     (
         "Teacher",
-        r"teacher_|norm_",
-        "Dashed: the entropy of one certain prototype (0) and of all alike; a teacher at either has collapsed.",
+        r"teacher_|norm_|variance_|effective_rank_",
+        "Dashed: the entropy of one certain prototype (0) and of all alike; a teacher at either has collapsed, and so "
+        "have features of variance 0 or effective rank 1.",
     ),
-    ("Optimisation", r"learning_rate|weight_decay|gradient_norm|.*momentum|.*temperature", ""),
+    ("Optimisation", r"learning_rate|weight_decay|gradient_norm|state_norm|skipped_|.*momentum|.*temperature", ""),
     ("Views and coverage", r"views/|coverage/", "What the loader handed out: means of each logged stretch of steps."),
     ("Speed", r"step_time_s|data_wait_s|volumes_per_s", "The first steps compile; waiting for data should be short."),
     ("Other", r"", ""),
@@ -225,9 +226,12 @@ def checks(run: Run) -> list[Check]:
         tenth = max(1, len(loss) // 10)
         first, last = np.nanmean(loss[:tenth]), np.nanmean(loss[-tenth:])
         found.append(Check("good" if last < first else "bad", "The loss falls", f"from {first:.3g} to {last:.3g}"))
-    broken = sum(value is None for line in run.lines for value in line.values())
-    if broken:
-        found.append(Check("bad", "All numbers are finite", f"{broken} logged values are not"))
+    lost = sum(value is None for line in run.lines for value in line.values())
+    if lost:
+        found.append(Check("bad", "All numbers are finite", f"{lost} logged values are not"))
+    if left_out := broken.steps(run.workdir):
+        text = f"not of steps {', '.join(map(str, left_out[:5]))}{' …' * (len(left_out) > 5)}: see alice_jax.reproduce"
+        found.append(Check("look", "All updates were made", text))
     for name, words in (("teacher_entropy", "global"), ("teacher_entropy_tokens", "tokens")):
         _, values = series(run, name)
         if len(values):
