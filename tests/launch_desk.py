@@ -91,7 +91,9 @@ done
         )
 
     def start(self, line, **options):
-        return subprocess.Popen(self.command(line), cwd=self.folder, env=self.environment, **options)
+        # A shell's background jobs, in which tests may run, ignore Ctrl-C, and so would their children.
+        command = ["env", "--default-signal=INT", *self.command(line)]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **options)
 
     def wait_for(self, part):
         until = time.time() + 60
@@ -112,7 +114,7 @@ done
         def git(*arguments):
             identity = ["-c", "user.name=n", "-c", "user.email=e"]
             done = subprocess.run(
-                ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
+                ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, encoding="utf-8"
             )
             return done.stdout.strip()
 

@@ -206,7 +206,7 @@ for name in {list(names)!r}:
     except Rejected as reason:
         print(reason)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=120)
     found = done.stdout.splitlines()
     assert len(found) == len(names), done.stderr
     assert not any("not enough memory" in line for line in found), found

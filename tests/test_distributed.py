@@ -24,7 +24,7 @@ def start(**slurm):
     environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment |= {"XLA_FLAGS": "", "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
     command = [sys.executable, "-c", JOIN]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def free_port():

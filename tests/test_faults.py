@@ -133,7 +133,7 @@ def on_small_disk(script, folder):
         pytest.skip("no unprivileged mounts here")
     variables = os.environ | {"PYTHON": sys.executable, "DISK": str(folder), "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     command = ["unshare", "-Urm", "sh", "-c", f"{mount}\n{textwrap.dedent(script)}"]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def errors_of(done):

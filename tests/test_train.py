@@ -243,7 +243,7 @@ def command(*arguments, **options):
         [sys.executable, "-m", "alice_jax.train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         **options,
     )
 

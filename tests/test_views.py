@@ -88,9 +88,9 @@ def test_a_match_that_its_neighbours_contradict_is_not_accepted(sampler, scores)
 
 
 def test_the_chosen_match_goes_where_its_neighbours_put_it(sampler, scores):
-    scores.give([0.8])
+    scores.give([0.8, 0.1, 0.1])
     plain = sampler.mine(0, rng(), sampler.embeddings)
-    scores.give([0.8])
+    scores.give([0.8, 0.1, 0.1])
     scores.moved_vox = np.array([3.0, -2.0, 1.0])
     moved = sampler.mine(0, rng(), sampler.embeddings)
     np.testing.assert_array_equal(moved.query_point_zyx_vox, plain.query_point_zyx_vox)
@@ -133,7 +133,7 @@ def test_the_best_of_those_that_do_not_lead_back_is_the_nearest(sampler, scores)
 
 def test_weak_pairs_are_down_weighted_and_others_are_not(sampler, scores):
     lighter = dataclasses.replace(sampler, weak="down-weight", weak_weight=0.25)
-    scores.give(9 * [0.1] + [0.9])
+    scores.give(9 * [0.1] + [0.9, 0.1, 0.1])
     samples = [lighter(record, rng(record), rng(9)) for record in (0, 1)]
     assert [(s["weights"], s["meta"]["weak"]) for s in samples] == [(0.25, True), (1.0, False)]
     assert all(s["weights"].dtype == np.float32 and s["weights"].shape == () for s in samples)
@@ -141,7 +141,7 @@ def test_weak_pairs_are_down_weighted_and_others_are_not(sampler, scores):
 
 def test_redrawing_goes_on_with_other_queries_and_ends(sampler, scores):
     again = dataclasses.replace(sampler, weak="redraw")
-    scores.give(9 * [0.1] + [0.9])
+    scores.give(9 * [0.1] + [0.9, 0.1, 0.1])
     pair = again.mine(0, rng(3), again.embeddings)
     assert (pair.weak, pair.redraws, pair.score) == (False, 9, 0.9)
     assert again.scan_ids[pair.query] == scores.rounds[-1][0] and again.scan_ids[pair.key] == scores.rounds[-1][1]
