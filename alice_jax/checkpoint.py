@@ -31,8 +31,18 @@ from alice_jax.errors import Stalled, UserError
 Tree = Any
 HOST, CHECKSUMS = "host.json", "checksums.json"
 
-# Orbax logs the traceback of each failed write, which here becomes one line.
+# A failed write becomes one line here. Orbax logs its traceback, and TensorStore tells the event loop, which Orbax has
+# closed by then, of the writes that were under way beside it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_show_unraisable = sys.unraisablehook
+
+
+def _unless_loop_is_closed(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _show_unraisable(unraisable)
+
+
+sys.unraisablehook = _unless_loop_is_closed
 
 
 def _directory(workdir: str) -> epath.Path:
@@ -212,7 +222,7 @@ def read_config(workdir: str) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise UserError(
             f"--workdir {workdir}: its config.json is damaged ({error}); restore it or choose another"
         ) from None

@@ -33,6 +33,11 @@ def broken_files(folder):
     def add(case, reason, path):
         cases[case] = (path, reason)
 
+    def add_changed(data, case, reason, old, new):
+        assert old in data
+        (folder / case).write_bytes(data.replace(old, new))
+        add(case, reason, folder / case)
+
     def nifti(case, reason, array, affine=AFFINE, ending=".nii.gz", **header):
         add(case, reason, write_nifti(folder / f"{case}{ending}", array, affine, **header))
 
@@ -139,7 +144,7 @@ def broken_files(folder):
         sitk.WriteImage(sitk.JoinSeries([itk_image()] * 2), str(folder / f"four.{ending}"))
         add(f"4-D {ending}", "4-D", folder / f"four.{ending}")
     nrrd = (folder / "cut.nrrd").read_bytes() + bytes(2**16)  # whole again
-    for case, reason, old, new in [
+    for case in [
         ("unplaced.nrrd", "no orientation", b"space: left-posterior-superior", b"space dimension: 3"),
         ("huge.nrrd", "too large", b"sizes: 36 32 24", b"sizes: 1048576 1048576 24"),
         ("elsewhere.nhdr", "outside the data set", b"encoding: raw", b"encoding: raw\ndata file: ../../etc/passwd"),
@@ -151,11 +156,9 @@ def broken_files(folder):
         ("bzip2.nrrd", "unreadable", b"encoding: raw", b"encoding: bzip2"),
         ("backwards.nrrd", "unreadable", b"encoding: raw", b"encoding: raw\nbyte skip: -9"),
     ]:
-        assert old in nrrd
-        (folder / case).write_bytes(nrrd.replace(old, new))
-        add(case, reason, folder / case)
+        add_changed(nrrd, *case)
     mha, local = (folder / "cut_z.mha").read_bytes() + bytes(2**16), b"ElementDataFile = LOCAL"
-    for case, reason, old, new in [
+    for case in [
         ("claim.mha", "truncated", b"CompressedDataSize = ", b"CompressedDataSize = 99999999"),
         ("elsewhere.mhd", "outside the data set", local, b"ElementDataFile = ../../etc/passwd"),
         ("twice.mhd", "outside the data set", local, b"elementdatafile = LOCAL\nElementDataFile = /etc/passwd"),
@@ -165,9 +168,7 @@ def broken_files(folder):
         ("axes.mha", "unreadable", b"DimSize = 36 32 24", b"DimSize = 36 32"),
         ("unplaced.mha", "no orientation", b"TransformMatrix", b"Comment"),
     ]:
-        assert old in mha
-        (folder / case).write_bytes(mha.replace(old, new))
-        add(case, reason, folder / case)
+        add_changed(mha, *case)
     return cases
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from alice_jax.data.codec import Codec, Level, fit_level, normalise, read_codec
 from alice_jax.data.foreground import body_share
 from alice_jax.data.store import Store
-from alice_jax.data.upsampling import corners, on_lattice, upsampled_slabs
+from alice_jax.data.upsampling import centres, corners, on_lattice, upsampled_slabs
 from alice_jax.errors import UserError
 
 __all__ = [
@@ -160,8 +160,8 @@ class Embedding:
         cells_zyx = np.stack(np.meshgrid(*axes_zyx, indexing="ij"), axis=-1)
         fine = self.codec.fine.decode(self.stored(cells_zyx.reshape(-1, 3))).reshape(*cells_zyx.shape[:3], -1)
         at_zyx = [
-            np.clip((cells + 0.5) * ratio - 0.5, 0, size - 1)
-            for cells, ratio, size in zip(axes_zyx, self.codec.ratios, self.coarse.shape, strict=False)
+            centres(cells, size, ratio)
+            for cells, size, ratio in zip(axes_zyx, self.coarse.shape, self.codec.ratios, strict=False)
         ]
         coarse = normalise(on_lattice(self.coarse_vectors, at_zyx))
         return np.concatenate([fine, coarse], axis=-1, dtype=np.float32)
@@ -171,7 +171,7 @@ class Embedding:
 
         Cells outside the body do not count; where all eight are, the fine half is zero.
         """
-        at = within((np.asarray(points_zyx_vox) + 0.5) / self.codec.fine.stride_zyx_vox - 0.5, self.grid_zyx)
+        at = centres(np.asarray(points_zyx_vox), np.array(self.grid_zyx), 1 / np.array(self.codec.fine.stride_zyx_vox))
         cells, weights = corners(at, self.grid_zyx)
         cells_zyx = np.stack(np.unravel_index(cells.ravel(), self.grid_zyx), axis=1)
         around = self.codec.fine.decode(self.stored(cells_zyx)).reshape(*weights.shape, -1)
@@ -181,7 +181,7 @@ class Embedding:
     def coarse_at(self, cells_zyx: np.ndarray) -> np.ndarray:
         """(n, dims) unit vectors at fine cells (n, 3), which may be fractions."""
         grid, dims = self.coarse.shape[:3], self.coarse.shape[-1]
-        cells, weights = corners(within((cells_zyx + 0.5) * self.codec.ratios - 0.5, grid), grid)
+        cells, weights = corners(centres(cells_zyx, np.array(grid), np.array(self.codec.ratios)), grid)
         around = self.coarse_vectors.reshape(-1, dims).take(cells, axis=0)
         return normalise(np.matmul(weights[:, None], around)[:, 0])
 
@@ -220,11 +220,6 @@ class Embedding:
             keys[rows, :dims] = self.codec.fine.decode(fine.reshape(-1, dims)[inside])
             keys[rows, dims:] = slab.reshape(plane, -1)[inside - z * plane]
         return keys
-
-
-def within(at_zyx: np.ndarray, grid_zyx: Triple) -> np.ndarray:
-    """Places (n, 3) moved onto a grid where they lie beyond the centres of its border cells."""
-    return np.minimum(np.maximum(at_zyx, 0), np.array(grid_zyx) - 1)
 
 
 def in_body(vectors: np.ndarray, codec: Codec) -> np.ndarray:

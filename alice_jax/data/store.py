@@ -91,10 +91,11 @@ class Store:
         """Makes a store, or opens the one that is there if it has the same spacing and extra settings."""
         path = files.normalised(path)
         settings = {"spacing_zyx_mm": [float(s) for s in spacing_zyx_mm], "extra": extra or {}}
-        if Files(path).read_json("manifest.json", f"store {path}") is None:
+        folder = Files(path)
+        if folder.read_json("manifest.json", f"store {path}") is None:
             files.refuse_foreign_folder(path)
             manifest = {"format": FORMAT, "version": VERSION, "frame": FRAME, **settings}
-            Files(path).write_json("manifest.json", manifest, f"store {path}")
+            folder.write_json("manifest.json", manifest, f"store {path}")
         store = Store.open(path)
         for name, wanted in settings.items():
             if store.manifest.get(name) != json.loads(json.dumps(wanted)):

@@ -27,21 +27,23 @@ def corners(at_zyx: np.ndarray, shape_zyx: Triple) -> tuple[np.ndarray, np.ndarr
     return np.ascontiguousarray(flat.reshape(8, -1).T), np.ascontiguousarray(weights.reshape(8, -1).T)
 
 
-def centres(size: int, coarse_size: int, ratio: float) -> np.ndarray:
-    """(size,) where the centres of fine cells lie on an axis of coarse ones, held within the outer centres.
+def centres(cells: np.ndarray, coarse: int | np.ndarray, ratio: float | np.ndarray) -> np.ndarray:
+    """Where the centres of fine cells (n,), or (n, 3), lie among coarse ones, held within those of the outer cells.
 
-    ratio: coarse cells per fine cell.
+    Args:
+      cells: along an axis, or along all; they may be fractions.
+      coarse: how many coarse cells there are.  ratio: coarse cells per fine cell.
 
-    >>> centres(4, 2, 0.5).tolist()
+    >>> centres(np.arange(4), 2, 0.5).tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
-    return np.clip((np.arange(size) + 0.5) * ratio - 0.5, 0, coarse_size - 1)
+    return np.minimum(np.maximum((cells + 0.5) * ratio - 0.5, 0), coarse - 1)
 
 
 def linear(at: np.ndarray, size: int) -> np.ndarray:
     """(places, size) fp32 weights of linear interpolation at places of an axis, 0 to size − 1.
 
-    >>> linear(centres(4, 2, 0.5), 2).tolist()
+    >>> linear(centres(np.arange(4), 2, 0.5), 2).tolist()
     [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
     """
     low = np.minimum(at.astype(int), max(size - 2, 0))
@@ -74,6 +76,8 @@ def upsampled_slabs(
     ratios_zyx: coarse cells per fine cell; by default both grids are taken to cover the same extent.
     """
     ratios_zyx = ratios_zyx or tuple(c / n for c, n in zip(coarse.shape[:3], grid_zyx, strict=True))
-    at_z, at_y, at_x = (centres(n, c, r) for n, c, r in zip(grid_zyx, coarse.shape[:3], ratios_zyx, strict=True))
+    at_z, at_y, at_x = (
+        centres(np.arange(n), c, r) for n, c, r in zip(grid_zyx, coarse.shape[:3], ratios_zyx, strict=True)
+    )
     for z in range(grid_zyx[0]):
         yield normalise(on_lattice(coarse, (at_z[z : z + 1], at_y, at_x))[0])

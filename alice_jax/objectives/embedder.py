@@ -78,7 +78,7 @@ def upsample_coarse(coarse: jax.Array, grid_zyx: tuple[int, ...], ratios_zyx: tu
     """(batch, z, y, x, c) on the fine grid as matching does it: trilinear, half-pixel centres, normalised again."""
     x = coarse
     for axis, (size, ratio) in enumerate(zip(grid_zyx, ratios_zyx, strict=True), start=1):
-        weights = jnp.asarray(linear(centres(size, x.shape[axis], ratio), x.shape[axis]))
+        weights = jnp.asarray(linear(centres(np.arange(size), x.shape[axis], ratio), x.shape[axis]))
         x = jnp.moveaxis(jnp.tensordot(x, weights, axes=(axis, 1)), -1, axis)
     return normalise(x)
 
