@@ -91,7 +91,7 @@ def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:
             f"--workdir {workdir}: its objective is {config.get('objective')!r}; "
             "give that of a run of configs/embedder.py"
         )
-    network = tasks.embedder_network(config["model"], tasks.compute_dtype(config["precision"]))
+    network = tasks.embedder.network_of(config["model"], tasks.compute_dtype(config["precision"]))
     variables = {"params": state["params"], "batch_stats": state["extra"]["batch_stats"]}
     return TrainedEmbedder(
         network,

@@ -28,7 +28,7 @@ def ours(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Seconds a scan and gigabytes of main memory of the project's embedder."""
     host.keep_memory()
     config = runpy.run_path(str(CONFIG))["get_config"](RECIPES[name])
-    network = tasks.embedder_network(config.model.to_dict(), tasks.compute_dtype(config.precision))
+    network = tasks.embedder.network_of(config.model.to_dict(), tasks.compute_dtype(config.precision))
     example = np.zeros((1, *config.views.shape_zyx, 1), np.float32)
     variables = jax.jit(network.init)(jax.random.key(0), example)
     embedder = embed.TrainedEmbedder(

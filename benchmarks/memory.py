@@ -53,7 +53,7 @@ def needed(case: Case) -> dict[str, float]:
     from alice_jax import sharding, tasks
 
     config = case.config()
-    objective = tasks.alice_objective(config, steps_per_epoch=1)
+    objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     [device] = topologies.get_topology_desc(platform="cuda", target_config=GPU, topology="1x1x1").devices
     mesh = sharding.make_mesh([device])
 

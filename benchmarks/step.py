@@ -81,7 +81,7 @@ def example_rows(config: Any) -> dict[str, Any]:
 
     from alice_jax import tasks
 
-    crop, grid = tasks.check_alice(config)
+    crop, grid = tasks.pretrain.check(config)
     rng, pairs = np.random.default_rng(0), config.batch_size
     return {
         "volumes": rng.random((pairs, 2, *crop, 1), np.float32),
@@ -141,7 +141,7 @@ def jax_row(case: Case) -> dict[str, Any]:
 
     host.keep_memory()
     config = case.config()
-    objective = tasks.alice_objective(config, steps_per_epoch=1)
+    objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     rows, mesh, key = example_rows(config), sharding.make_mesh(), jax.random.key(0)
     parts = sharding.parts_of_batch(case.pairs, case.microbatch, mesh)
     batch = sharding.global_parts(mesh, rows, parts)

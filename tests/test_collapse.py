@@ -91,7 +91,7 @@ def test_limits_come_from_the_configuration():
 
 def test_features_of_alice_are_the_teachers_tokens_and_their_means():
     config = runpy.run_path("tests/configs/small.py")["get_config"]()
-    alice = tasks.alice_networks(config)
+    alice = tasks.pretrain.networks(config)
     batch = {"volumes": RNG.random((3, 2, 16, 16, 16, 1), np.float32)}
     params, extra = random_weights(jax.eval_shape(alice.init, jax.random.key(0), batch))
     compute = jax.jit(alice.features)

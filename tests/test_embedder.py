@@ -388,7 +388,7 @@ def test_configurations_build(tmp_path):
         task = tasks.make(config, store)
         assert task.scans == ("ramp",) and not task.validation_scans
     sizes = jax.eval_shape(
-        tasks.embedder_network(config_file.get_config().model.to_dict(), jnp.float32).init,
+        tasks.embedder.network_of(config_file.get_config().model.to_dict(), jnp.float32).init,
         jax.random.key(0),
         jnp.zeros((1, 16, 64, 64, 1)),
     )

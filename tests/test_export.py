@@ -32,7 +32,7 @@ def small_config(mode: str):
 def run(request, tmp_path_factory):
     """(workdir, networks, parameters, other state) of a run whose every weight is random."""
     config = small_config(request.param)
-    alice = tasks.alice_networks(config)
+    alice = tasks.pretrain.networks(config)
     batch = {"volumes": jnp.zeros((1, 2, *config.views.crop_shape_zyx, 1))}
     params, extra = random_weights(jax.eval_shape(alice.init, jax.random.key(0), batch))
     workdir = str(tmp_path_factory.mktemp(request.param))

@@ -342,7 +342,7 @@ def test_a_run_shows_its_curves_reconstruction_and_setup(store, tmp_path):
     config = config_for(store, steps=2)
     workdir = write_run(tmp_path / "run", config, counts={id: 3 for id in store.ids()})
     provenance.record(workdir, 0, "0123456789abcdef")
-    alice = tasks.alice_networks(config)
+    alice = tasks.pretrain.networks(config)
     example = {"volumes": np.zeros((1, 2, *config.views.crop_shape_zyx, 1), np.float32)}
     params, extra = random_weights(jax.eval_shape(alice.init, jax.random.key(0), example))
     with checkpoint.Checkpoints(workdir) as checkpoints:

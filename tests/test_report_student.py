@@ -25,7 +25,7 @@ def a_sample():
 
 
 def restored(config):
-    networks = tasks.alice_networks(config)
+    networks = tasks.pretrain.networks(config)
     example = {"volumes": np.zeros((1, 2, *CROP, 1), np.float32)}
     params, extra = random_weights(jax.eval_shape(networks.init, jax.random.key(0), example))
     return {"params": params, "extra": extra}

@@ -45,7 +45,7 @@ class Seen:
 
 def look(config: ConfigDict, state: dict[str, Any], sample: Sample) -> Seen:
     """What the networks of a checkpoint make of a sample."""
-    networks = tasks.alice_networks(config)
+    networks = tasks.pretrain.networks(config)
     wanted = networks.weights
     networks = dataclasses.replace(networks, weights=dataclasses.replace(wanted, invariance=0))
     if not (wanted.alignment or wanted.reconstruction):

@@ -1,0 +1,189 @@
+"""Pretraining: networks, recipe and samples of `objectives/alice`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from alice_jax import schedules
+from alice_jax.data.embeddings import EmbeddingReader
+from alice_jax.data.partners import read_patients
+from alice_jax.data.store import Store
+from alice_jax.data.views import WEAK, PairSampler
+from alice_jax.errors import UserError
+from alice_jax.objectives import Objective, alice
+from alice_jax.tasks.task import Task, compute_dtype, split
+
+
+def networks(config: ConfigDict) -> alice.Alice:
+    """The networks of a pretraining configuration; export and report build them from a workdir's config."""
+    model, mode_name = config.model, config.method.mode
+    if mode_name not in alice.MODES:
+        raise UserError(f"method.mode {mode_name!r}: choose paper or release")
+    mode, dtype = alice.MODES[mode_name], compute_dtype(config.precision)
+    release = mode_name == "release"
+    casa_width = model.prototypes if mode.casa_on == "logits" else model.bottleneck
+    if casa_width % model.casa_heads:
+        raise UserError(f"model.casa_heads {model.casa_heads}: must divide the width of the alignment, {casa_width}")
+    return alice.Alice(
+        mode=mode,
+        backbone=alice.NNFormer(
+            width=model.width,
+            depths=tuple(model.depths),
+            heads=tuple(model.heads),
+            windows=tuple(model.windows),
+            drop_path=model.drop_path,
+            position_index="release" if release else "correct",
+            mask_tokens=not release,
+            remat=tuple(model.get("remat", ())),  # runs of older versions have none
+            dtype=dtype,
+        ),
+        head=alice.Head(
+            width=model.width * 2 ** (len(model.depths) - 1),
+            hidden=model.head_hidden,
+            bottleneck=model.bottleneck,
+            prototypes=model.prototypes,
+            token_prototypes=model.prototypes,
+            separate_last=True,
+            dtype=dtype,
+        ),
+        casa=alice.CASA(
+            width=casa_width,
+            inner=model.casa_inner,
+            heads=model.casa_heads,
+            head_dim=casa_width // model.casa_heads,
+            dropout=0.1 if release else 0.0,
+            query_residual=release,
+            dtype=dtype,
+        ),
+        weights=alice.Weights(**config.loss),
+        mask_ratio=config.views.mask_ratio,
+    )
+
+
+def recipe(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
+    """Every scalar of the recipe as a function of the step."""
+    method, optimizer, total = config.method, config.optimizer, config.steps
+    peak, start = optimizer.lr, 0.0
+    if method.mode == "release":
+        peak *= config.batch_size / 256
+    warmup = schedules.duration(optimizer.warmup, "optimizer.warmup", steps_per_epoch, total)
+    temperature_warmup = schedules.duration(
+        method.temperature_warmup, "method.temperature_warmup", steps_per_epoch, total
+    )
+    decay_from, decay_to = optimizer.weight_decay
+    momentum_from, momentum_to = method.teacher_momentum
+
+    def temperature(step):
+        index, length = step, temperature_warmup
+        if method.mode == "release":  # one value an epoch
+            index, length = step // steps_per_epoch, temperature_warmup // steps_per_epoch
+        return schedules.ramp(index, *method.teacher_temperature, length)
+
+    return {
+        "learning_rate": lambda step: schedules.warmup_cosine(step, peak, optimizer.min_lr, total, warmup, start),
+        "weight_decay": lambda step: schedules.warmup_cosine(step, decay_from, decay_to, total),
+        "momentum": lambda step: schedules.warmup_cosine(step, momentum_from, momentum_to, total),
+        "temperature_cls": temperature,
+        "temperature_tokens": temperature,
+    }
+
+
+def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
+    """Networks, losses and recipe of a pretraining configuration."""
+    held = config.method.freeze_last_layer
+    return alice.make(
+        networks(config),
+        **recipe(config, steps_per_epoch),
+        clip=config.optimizer.clip,
+        held_steps=schedules.duration(held, "method.freeze_last_layer", steps_per_epoch, config.steps),
+    )
+
+
+def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Crop shape and mask grid, one cell for each last-stage token; refuses what the networks cannot take."""
+    crop = tuple(config.views.crop_shape_zyx)
+    stride = 2 ** len(config.model.depths)
+    if len(crop) != 3 or any(size <= 0 or size % stride for size in crop):
+        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
+    if config.views.kind not in ("mined", "random"):
+        raise UserError(f"views.kind {config.views.kind!r}: choose mined or random")
+    for name, choices in (("weak", WEAK), ("same_patient", ("avoid", "allow")), ("partners", ("region", "any"))):
+        if config.views[name] not in choices:
+            raise UserError(f"views.{name} {config.views[name]!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if not 0 <= config.views.weak_weight <= 1:
+        raise UserError(f"views.weak_weight {config.views.weak_weight}: give a weight from 0 to 1")
+    if not config.views.cycle_mm > 0:
+        raise UserError(f"views.cycle_mm {config.views.cycle_mm}: give a distance above 0 mm")
+    if not 0 <= config.views.agreeing <= 1:
+        raise UserError(f"views.agreeing {config.views.agreeing}: give a share from 0 to 1")
+    for name in ("tries", "tries_per_partner"):
+        if config.views[name] < 1:
+            raise UserError(f"views.{name} {config.views[name]}: give a whole number of 1 or more")
+    ratio = config.views.mask_ratio
+    if isinstance(ratio, bool) or not 0 < ratio < 1:
+        raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
+    if not any(config.loss.values()) or any(weight < 0 for weight in config.loss.values()):
+        raise UserError(f"loss {dict(config.loss)}: the weights must be 0 or more, one of them above 0")
+    grid = tuple(size // stride for size in crop)
+    if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
+        raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")
+    return crop, grid
+
+
+def divided(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """Training scans, validation scans, and the patients of all; refuses a store in which nothing can be paired."""
+    ids = store.ids()
+    if len(ids) < 2:
+        raise UserError(f"data.store {store.path}: holds {len(ids)} scans and a pair needs two; prepare more")
+    patients = {id: store.scan(id).patient for id in ids}
+    patients |= read_patients(config.data.patients) if config.data.patients else {}
+    if config.views.same_patient == "allow":
+        return *split(ids, config.data.validation_fraction, at_least=2), patients
+    for what, count in (
+        ("of one patient", len({patients[id] for id in ids})),
+        ("copies of one scan", len({store.scan(id).sha256 for id in ids})),
+    ):
+        if count < 2:
+            raise UserError(
+                f"data.store {store.path}: its {len(ids)} scans are all {what} and a pair needs two; prepare more, "
+                "name the patients in data.patients, or set views.same_patient to allow"
+            )
+    return *split(ids, config.data.validation_fraction, at_least=2, patients=patients), patients
+
+
+def task(config: ConfigDict, store: Store) -> Task:
+    """Pretraining on pairs mined from a store."""
+    crop, grid = check(config)
+    scans, validation_scans, patients = divided(config, store)
+    embeddings = EmbeddingReader(store) if config.views.kind == "mined" else None
+
+    def sampler(ids: tuple[str, ...]) -> PairSampler:
+        return PairSampler(
+            store=store,
+            embeddings=embeddings,
+            scan_ids=ids,
+            crop_shape_zyx=crop,
+            mask_grid=grid,
+            mask_ratio=config.views.mask_ratio,
+            column_masks=alice.MODES[config.method.mode].share_mask,
+            threshold=config.views.threshold,
+            cycle_mm=config.views.cycle_mm,
+            agreeing=config.views.agreeing,
+            tries_per_partner=config.views.tries_per_partner,
+            tries=config.views.tries,
+            weak=config.views.weak,
+            weak_weight=config.views.weak_weight,
+            by_region=config.views.partners == "region",
+            same_patient=config.views.same_patient,
+            patients=patients,
+        )
+
+    return Task(
+        objective=objective(config, steps_per_epoch=math.ceil(len(scans) / config.batch_size)),
+        sampler=sampler(scans),
+        scans=scans,
+        validation_sampler=sampler(validation_scans),
+        validation_scans=validation_scans,
+    )

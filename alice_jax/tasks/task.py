@@ -1,0 +1,67 @@
+"""What every task is made of."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alice_jax.data.pipeline import Sampler
+from alice_jax.errors import UserError
+from alice_jax.objectives import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a run optimises and on what.
+
+    Attributes:
+      objective: the device side.
+      sampler: the host side, over `scans`.
+      scans: the training scans.
+      validation_sampler, validation_scans: the same over the scans held out.
+      volumes_per_sample: crops that a sample carries, for the throughput.
+    """
+
+    objective: Objective
+    sampler: Sampler
+    scans: tuple[str, ...]
+    validation_sampler: Sampler
+    validation_scans: tuple[str, ...]
+    volumes_per_sample: int = 2
+
+
+def split(
+    scans: Sequence[str], fraction: float, at_least: int, patients: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation scans: at least `at_least` on either side, or none held out.
+
+    Those held out are evenly spaced over the sorted ids.
+
+    Args:
+      patients: of the scans; those of one patient stay together, and patients are what is counted.
+
+    >>> split(["a", "b", "c", "d"], 0.25, at_least=1)
+    (('b', 'c', 'd'), ('a',))
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.validation_fraction {fraction}: give a share of the scans from 0 to below 1")
+    patient_of = {scan: patients.get(scan, scan) if patients else scan for scan in scans}
+    names = list(dict.fromkeys(patient_of.values()))
+    count = max(at_least, round(fraction * len(names))) if fraction else 0
+    if len(names) - count < at_least:
+        count = 0
+    held_out = {names[i * len(names) // count] for i in range(count)}
+    return tuple(s for s in scans if patient_of[s] not in held_out), tuple(
+        s for s in scans if patient_of[s] in held_out
+    )
+
+
+def compute_dtype(precision: str) -> Any:
+    """The dtype of matmuls and convolutions; parameters, normalisation, softmax and losses stay in float32."""
+    if precision == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"precision {precision!r}: choose auto, float32 or bfloat16")
+    return jnp.dtype(precision)
