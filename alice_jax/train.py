@@ -42,6 +42,7 @@ from alice_jax import (
     train_state,
 )
 from alice_jax.data import embeddings, pipeline
+from alice_jax.data.copies import Copies
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.metrics import Metrics
@@ -58,6 +59,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.threads",
     "data.timeout_s",
+    "data.cache_gb",
     "model.remat",
     "numerics.skip",
     "numerics.collapse",
@@ -73,7 +75,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     claim(workdir, config)
 
     # ---- Data, objective, devices
-    store = Store.open(config.data.store or built_in_store(config))
+    copies = Copies(os.path.join(host.cache(), "copies"), round(config.data.cache_gb * 1e9))
+    store = Store.open(config.data.store or built_in_store(config), copies if config.data.cache_gb else None)
     task = tasks.make(config, store)
     mesh = sharding.make_mesh()
     parts = sharding.parts_of_batch(config.batch_size, config.microbatch, mesh)
@@ -230,6 +233,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.threads {config.data.threads}: give a whole number of 1 or more")
     if config.data.timeout_s <= 0:
         raise UserError(f"data.timeout_s {config.data.timeout_s}: give a number of seconds above 0")
+    if config.data.cache_gb < 0:
+        raise UserError(f"data.cache_gb {config.data.cache_gb}: give a size in GB, or 0 for no copies")
 
 
 def claim(workdir: str, config: ConfigDict) -> None:

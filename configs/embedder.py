@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.workers = 0
     config.data.threads = 4
     config.data.timeout_s = 600.0  # a batch that takes longer ends the run
+    config.data.cache_gb = 50.0  # of this host's disk at most, for copies of what is read of a store in a bucket
     config.data.validation_fraction = 0.1
     config.data.validation_samples = 16
 

@@ -42,6 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.workers = 0  # processes that mine pairs; 0: threads of the training process
     config.data.threads = 4  # per process
     config.data.timeout_s = 600.0  # a batch that takes longer ends the run
+    config.data.cache_gb = 50.0  # of this host's disk at most, for copies of what is read of a store in a bucket
     config.data.validation_fraction = 0.1  # of the scans, never trained on
     config.data.validation_samples = 16
     config.data.patients = ""  # file that says which patient a scan is of, where the headers do not (docs/mining.md)

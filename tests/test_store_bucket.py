@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+import zlib
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -38,6 +39,11 @@ volume, foreground = make_volume((130, 140, 150))
 """
 
 
+def generation(data: bytes) -> str:
+    """A number that changes with what an object holds."""
+    return str(1 + zlib.crc32(data))
+
+
 class Bucket(http.server.BaseHTTPRequestHandler):
     """Objects in a dictionary; the four calls that the store needs."""
 
@@ -50,7 +56,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
     def reply(self, code, body=b"", **headers):
         self.send_response(code)
-        for name, value in {"x-goog-generation": "1", "Content-Length": len(body), **headers}.items():
+        for name, value in {"x_goog_generation": "1", "Content-Length": len(body), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -70,6 +76,8 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         if key not in self.objects:
             return self.reply(404)
         data = self.objects[key]
+        if query.get("ifGenerationNotMatch") == [generation(data)]:
+            return self.reply(304)
         asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=")
         first, last = asked.split("-")
         start = int(first) if first else len(data) - int(last)
@@ -78,12 +86,13 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         if "/volume/c/" in key:
             Bucket.read_bytes += len(part)
         span = {"Content_Range": f"bytes {start}-{stop - 1}/{len(data)}"} if "Range" in self.headers else {}
-        return self.reply(206 if span else 200, part, **span)
+        return self.reply(206 if span else 200, part, x_goog_generation=generation(data), **span)
 
     def do_POST(self):
         _, query = self.parse()
-        self.objects[query["name"][0]] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply(200, json.dumps({"generation": "1", "name": query["name"][0]}).encode())
+        name = query["name"][0]
+        self.objects[name] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(200, json.dumps({"generation": generation(self.objects[name]), "name": name}).encode())
 
     def do_DELETE(self):
         self.reply(204 if self.objects.pop(self.parse()[0], None) is not None else 404)
@@ -123,3 +132,38 @@ def test_a_store_in_a_bucket():
         assert 0 < Bucket.read_bytes < whole / 50  # one chunk of 125 and the index
         run(REPLACE, url)
         assert not any("/scans/" in key for key in Bucket.objects)
+
+
+COPIED = """
+import os, pathlib, pickle
+from alice_jax.data.copies import Copies
+folder = pathlib.Path(os.environ["FOLDER"])
+def read(limit_bytes=10**9, name="volume"):
+    store = pickle.loads(pickle.dumps(Store.open("gs://a-bucket/some/store", Copies(str(folder), limit_bytes))))
+    return store.read_array_region("c", name, (0, 0, 0), (5, 5, 5))
+def copied():
+    return sorted(path.parent.name for path in folder.rglob("generations.json"))
+"""
+
+
+def test_copies_are_read_once_follow_the_bucket_and_keep_to_their_limit(tmp_path):
+    variables = {"FOLDER": str(tmp_path / "copies")}
+    with serve(Bucket) as url:
+        run(WRITE, url)
+        whole = next(len(data) for key, data in Bucket.objects.items() if key.endswith("volume/c/0/0/0"))
+        Bucket.read_bytes = 0
+        run(COPIED + "assert (read() == volume[:5, :5, :5]).all() and copied() == ['volume']", url, **variables)
+        assert Bucket.read_bytes == whole
+        run(COPIED + "assert (read() == volume[:5, :5, :5]).all()", url, **variables)
+        assert Bucket.read_bytes == whole  # nothing again, by another process
+
+        damage = "shard = next(folder.rglob('c/0/0/0')); shard.write_bytes(shard.read_bytes()[:-9]); "
+        run(COPIED + damage + "assert (read() == volume[:5, :5, :5]).all()", url, **variables)
+        assert Bucket.read_bytes == 2 * whole
+
+        run("store = Store.open('gs://a-bucket/some/store'); " + REPLACE.splitlines()[2], url)
+        run(COPIED + "assert (read() == volume[:5, :5, :5] + 1).all()", url, **variables)
+
+        run(COPIED + "read(limit_bytes=10, name='foreground'); assert copied() == ['foreground']", url, **variables)
+        run(COPIED + "read(limit_bytes=10); assert copied() == ['volume']", url, **variables)
+        assert list((tmp_path / "copies").rglob(".*")) == []

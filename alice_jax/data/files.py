@@ -88,6 +88,13 @@ class Files:
         except ERRORS as error:
             raise UserError(f"{what}: cannot be replaced in the store {self.path}: {told(error)}") from error
 
+    def read_newer(self, key: str, generation: bytes | None) -> tuple[bytes, bytes] | None:
+        """A file and its generation; None if it still is of the generation given. One of `ERRORS` if it fails."""
+        result = self._kvstore.read(key, if_not_equal=generation).result()
+        if result.state == "missing":
+            raise KeyError(f"{key} is not there")
+        return None if result.state == "unspecified" else (bytes(result.value), bytes(result.stamp.generation))
+
     def read_json(self, key: str, what: str) -> Any:
         """What a JSON file holds; None if there is none."""
         try:

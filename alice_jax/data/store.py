@@ -27,6 +27,7 @@ import numpy as np
 import tensorstore as ts
 
 from alice_jax.data import files, geometry, zarr
+from alice_jax.data.copies import Copies
 from alice_jax.data.files import Files
 from alice_jax.data.scan import Scan
 from alice_jax.errors import UserError
@@ -49,8 +50,8 @@ class Store:
     []
     """
 
-    def __init__(self, path: str, manifest: dict[str, Any]):
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: str, manifest: dict[str, Any], copies: Copies | None = None):
+        self.path, self.manifest, self.copies = path, manifest, copies
         self._prepare_caches()
 
     def _prepare_caches(self) -> None:
@@ -60,7 +61,7 @@ class Store:
         self._files = Files(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "manifest": self.manifest}
+        return {"path": self.path, "manifest": self.manifest, "copies": self.copies}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -69,8 +70,8 @@ class Store:
     # ---------------------------------------------------------------- making and opening
 
     @staticmethod
-    def open(path: str | os.PathLike) -> "Store":
-        """Opens an existing store."""
+    def open(path: str | os.PathLike, copies: Copies | None = None) -> "Store":
+        """Opens an existing store. Arrays of one that lies in a bucket are read from `copies` of them, if given."""
         path = files.normalised(path)
         manifest = Files(path).read_json("manifest.json", f"store {path}")
         if manifest is None:
@@ -82,7 +83,7 @@ class Store:
                 f"store {path}: format version {manifest.get('version')} where this program reads {VERSION}; "
                 "prepare the scans again into a new folder"
             )
-        return Store(path, manifest)
+        return Store(path, manifest, copies if "://" in path else None)
 
     @staticmethod
     def create(
@@ -282,7 +283,10 @@ class Store:
             if key in self._handles:
                 self._handles.move_to_end(key)
                 return self._handles[key]
-        handle = ts.open(self._spec(key), open=True, read=True, context=files.CONTEXT).result()
+        spec = self._spec(key)
+        if self.copies:
+            spec["kvstore"] = {"driver": "file", "path": self.copies.local(self._files, key) + "/"}
+        handle = ts.open(spec, open=True, read=True, context=files.CONTEXT).result()
         self._check(id, name, handle)
         with self._lock:
             self._handles[key] = handle
@@ -304,6 +308,8 @@ class Store:
     def _forget(self, key: str) -> None:
         with self._lock:
             self._handles.pop(key, None)
+        if self.copies:
+            self.copies.forget(self._files, key)
 
     def _failed(self, id: str, name: str, error: Exception) -> UserError:
         folder = f"{self.path}/scans/{id}"
