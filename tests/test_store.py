@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from alice_jax.data import files
 from alice_jax.data.store import AIR_HU, Scan, Store
 from alice_jax.errors import UserError
 
@@ -281,3 +282,14 @@ def test_points_go_to_the_world_and_to_the_file(filled):
     ijk = store.to_original_ijk("case", points_zyx_vox)
     np.testing.assert_allclose(ijk, [[10, -20, 7.5], [16, -16, 8]])
     np.testing.assert_allclose(store.from_original_ijk("case", ijk), points_zyx_vox)
+
+
+def test_many_descriptions_are_read_at_once_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "AT_ONCE", 2)
+    volume, foreground = make_volume((8, 8, 8))
+    store = Store.create(tmp_path / "store", (2, 2, 2))
+    for id in "abcde":
+        store.write_scan(make_scan(id, volume.shape), volume, foreground)
+    assert [scan.id for scan in Store.open(store.path).scans(["e", "a", "d", "b", "a"])] == ["e", "a", "d", "b", "a"]
+    with pytest.raises(UserError, match="scan f: not in the store"):
+        store.scans(["a", "f"])

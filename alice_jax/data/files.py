@@ -6,6 +6,7 @@ counts as failed after half a minute.
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorstore as ts
@@ -26,6 +27,7 @@ CONTEXT = ts.Context(
     }
 )
 ERRORS = (ValueError, OSError, KeyError, TypeError, IndexError)  # what TensorStore and JSON raise on a bad store
+AT_ONCE = 1000  # reads of small files that wait for their answers together
 _OUT_OF_REACH = ("retry attempts failed", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
@@ -97,12 +99,20 @@ class Files:
 
     def read_json(self, key: str, what: str) -> Any:
         """What a JSON file holds; None if there is none."""
-        try:
-            result = self._kvstore.read(key).result()
-            return None if result.state == "missing" else json.loads(result.value)
-        except ERRORS as error:
-            remedy = "run the command again when it answers" if out_of_reach(error) else "restore it, or prepare again"
-            raise UserError(f"{what}: {self.path}/{key} cannot be read ({told(error)}); {remedy}") from error
+        return next(self.read_jsons({key: what}))
+
+    def read_jsons(self, files: Mapping[str, str]) -> Iterator[Any]:
+        """What many JSON files hold, each {key: what}, in their order; as many at once as a bucket answers."""
+        items = list(files.items())
+        for start in range(0, len(items), AT_ONCE):
+            for (key, what), read in [(item, self._kvstore.read(item[0])) for item in items[start : start + AT_ONCE]]:
+                try:
+                    result = read.result()
+                    yield None if result.state == "missing" else json.loads(result.value)
+                except ERRORS as error:
+                    again = "run the command again when it answers"
+                    remedy = again if out_of_reach(error) else "restore it, or prepare again"
+                    raise UserError(f"{what}: {self.path}/{key} cannot be read ({told(error)}); {remedy}") from error
 
     def write_json(self, key: str, value: Any, what: str) -> None:
         """Writes a JSON file in one atomic step."""

@@ -46,7 +46,7 @@ def origins(store: Store, ids: Sequence[str], patients: Mapping[str, str]) -> tu
 
     patients: of scans for which the store does not know better.
     """
-    scans = [store.scan(id) for id in ids]
+    scans = store.scans(ids)
     names = [patients.get(scan.id, scan.patient) for scan in scans]
     return numbered(names), numbered([scan.sha256 for scan in scans])
 

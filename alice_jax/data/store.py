@@ -118,14 +118,19 @@ class Store:
 
     def scan(self, id: str) -> Scan:
         """The description of one scan."""
-        if id not in self._scans:
-            record = self._files.read_json(f"scans/{_checked(id)}/scan.json", f"scan {id}")
+        return self.scans([id])[0]
+
+    def scans(self, ids: Sequence[str]) -> list[Scan]:
+        """The descriptions of scans; many are read at once."""
+        missing = {f"scans/{_checked(id)}/scan.json": id for id in ids if id not in self._scans}
+        records = self._files.read_jsons({key: f"scan {id}" for key, id in missing.items()})
+        for id, record in zip(missing.values(), records, strict=True):
             if record is None:
                 near = difflib.get_close_matches(id, self.ids(), n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise UserError(f"scan {id}: not in the store {self.path}{hint}")
             self._scans[id] = Scan.from_json(record, f"scan {id}: scan.json in the store {self.path}")
-        return self._scans[id]
+        return [self._scans[id] for id in ids]
 
     def write_scan(self, scan: Scan, volume: np.ndarray, foreground: np.ndarray) -> None:
         """Writes a scan; one of the same id is replaced with all that was computed from it.

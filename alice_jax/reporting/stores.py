@@ -38,7 +38,7 @@ def cohort_section(store: Store, guilty: Mapping[str, str]) -> Section:
       guilty: what is wrong with scans; these are shown first.
     """
     ids = store.ids()
-    scans = [store.scan(id) for id in spread(ids, TABLE_SCANS)]
+    scans = store.scans(spread(ids, TABLE_SCANS))
     marked = list(guilty)[:SHEET_SCANS]
     shown = marked + spread([id for id in ids if id not in guilty], SHEET_SCANS - len(marked))
     caption = (
@@ -259,7 +259,7 @@ def draw_components(store: Store, ids: Sequence[str]) -> bytes:
     directions = np.linalg.svd(vectors - mean, full_matrices=False)[2][:3].T
     low, high = np.percentile((vectors - mean) @ directions, (2, 98), axis=0)
 
-    scans = [store.scan(id) for id in ids]
+    scans = store.scans(ids)
     sheet = planes.Sheet(len(ids), planes.fitting_field_mm(scans, least=200, most=440))
     middle = np.mean(scans[0].foreground_box_zyx_vox, axis=0)[None]
     for row, (id, scan) in enumerate(zip(ids, scans, strict=True)):
