@@ -38,12 +38,17 @@ def check_folder_of(flag: str, path: str | None) -> None:
         raise UserError(f"{flag} {path}: its folder does not exist; create it or name another file")
 
 
+def complain(error: UserError) -> None:
+    """One line on stderr."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its return value, 1 after a `UserError`, 130 after Ctrl-C."""
     try:
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        complain(error)
         code = 1
         if isinstance(error, Stalled):
             os._exit(code)

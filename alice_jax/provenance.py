@@ -13,6 +13,7 @@ Nothing names the computer or its user, so a workdir can be given away.
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -47,6 +48,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code() -> dict[str, str]:
+    """What computes: a hash of this package's source files, and `versions`."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return {"sources of alice_jax": digest.hexdigest()[:12], **versions()}
 
 
 def commit(folder: Path = Path(__file__).parents[1]) -> str | None:

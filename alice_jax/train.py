@@ -308,7 +308,6 @@ def say(text: str) -> None:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, such as configs/pretrain.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run; runs/NAME-OF-THE-CONFIG by default")
-_DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "one run of all processes of this cluster")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Flags:\n  --config   configuration file, such as configs/pretrain.py:tiny; its fields are in the file")
         print("  --workdir  folder of this run; runs/NAME-OF-THE-CONFIG by default")
         print("  --distributed  one run of all processes that a cluster has started: srun, TPU hosts, Open MPI")
+        print("  --coordinator=HOST:PORT --processes=N --process=I  the same without a cluster; docs/scaling.md")
         return 0
     try:
         rest = flags.FLAGS(["train", *arguments])
@@ -332,10 +332,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     name = config_flags.get_config_filename(flags.FLAGS["config"])
-    if _DISTRIBUTED.value:
-        distributed.join()
     host.settle()
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))
+    with distributed.by_flags(facts(config, workdir)):
+        return run_on_disk(config, workdir)
+
+
+def facts(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run."""
+    settings = {f"--config.{name}": value for name, value in flat(config.to_dict()).items()}
+    return {**settings, "--workdir": workdir, **provenance.code()}
+
+
+def run_on_disk(config: ConfigDict, workdir: str) -> int:
+    """`run`, with a `UserError` for what the disk of its folder refuses."""
     try:
         return run(config, workdir)
     except OSError as error:  # of a disk that is full, gone or read-only

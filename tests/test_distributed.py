@@ -1,53 +1,74 @@
-"""Processes that find each other as the tasks of srun do."""
+"""Real processes that become one run: what they compute together, and how they end together."""
 
-import os
-import pathlib
+import signal
 import socket
-import subprocess
-import sys
+import time
 
-JOIN = """
-import jax
-from jax.experimental import multihost_utils
-from alice_jax import cli, distributed
-def main():
-    distributed.join(timeout_s=60)
-    shares = multihost_utils.process_allgather(jax.numpy.array(10 + jax.process_index()))
-    print(jax.process_count(), jax.device_count(), shares.tolist())
-cli.run(main)
-"""
+import pytest
+from one_of_a_run import global_rows, go_on, hashed
+from processes import finish, free_port, last_lines, start
+
+from alice_jax import sharding
+from alice_jax.rendezvous import KEEPALIVE_S
+
+WORKER = "tests/one_of_a_run.py"
 FIRST_PORT = 65536 - 2**12  # JAX takes the port from the job's number, in this range
 
 
-def start(**slurm):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-    environment |= {"XLA_FLAGS": "", "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", JOIN]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+def run_together(tasks):
+    """What processes of `one_of_a_run` print."""
+    codes, out, errors = finish(tasks)
+    assert codes == [0] * len(tasks), errors
+    said = [line for text in errors for line in text.splitlines() if "devices" in line]
+    assert said == [f"{len(tasks)} processes, {len(tasks)} devices"]  # from one of them
+    return last_lines(out)
 
 
-def free_port():
-    for port in range(FIRST_PORT + os.getpid() % 2000, 65536):
-        with socket.socket() as trial:
-            if trial.connect_ex(("localhost", port)):
-                return port
-    raise AssertionError("no port is free")
+def by_hand(folder, count):
+    port = free_port()
+    return [start(WORKER, folder, port, count, index) for index in range(count)]
 
 
-def test_two_tasks_of_srun_become_one_run():
-    job = dict(JOB_ID=free_port() - FIRST_PORT, STEP_NODELIST="localhost", NTASKS=2)
-    processes = [start(**job, PROCID=index, LOCALID=index) for index in range(2)]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-        assert out.splitlines()[-1] == "2 2 [10, 11]"
+def by_srun(folder, count):
+    port = next(port for port in range(FIRST_PORT + time.time_ns() % 4000, 65536) if is_free(port))
+    job = dict(SLURM_JOB_ID=port - FIRST_PORT, SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=count)
+    return [start(WORKER, folder, **job, SLURM_PROCID=index, SLURM_LOCALID=index) for index in range(count)]
 
 
-def test_without_a_cluster_there_is_one_line():
-    process = start()
-    out, error = process.communicate(timeout=120)
-    assert (process.returncode, out) == (1, "")
-    line = error.splitlines()[-1]
-    assert line.startswith("error: --distributed: JAX finds no cluster that this process is part of (")
-    assert line.endswith("; start it by srun or by a script of launch/, or leave the flag out")
+def is_free(port):
+    with socket.socket() as trial:
+        return bool(trial.connect_ex(("localhost", port)))
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    mesh = sharding.make_mesh()  # 8 devices of this process
+    rows = hashed(global_rows(mesh))
+    assert run_together(by_hand(tmp_path, 2)) == [f"{rows} 0"] * 2  # write step 1
+    assert go_on(str(tmp_path), mesh) == 1  # one process restores it and writes step 2
+    assert run_together(by_srun(tmp_path, 2)) == [f"{rows} 2"] * 2
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(tmp_path):
+    mesh = sharding.make_mesh()
+    rows = hashed(global_rows(mesh))
+    for before, count in enumerate((4, 2, 4)):
+        assert run_together(by_hand(tmp_path, count)) == [f"{rows} {before}"] * count
+    assert go_on(str(tmp_path), mesh) == 3
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_others(victim):
+    port = free_port()
+    running = [start(WORKER, "-", port, 2, index) for index in range(2)]
+    for process in running:
+        assert "together\n" in iter(process.stdout.readline, "")
+    running[victim].kill()
+    began = time.monotonic()
+    codes, _, errors = finish(running, timeout_s=2 * KEEPALIVE_S)
+    assert time.monotonic() - began < KEEPALIVE_S
+    survivor = 1 - victim
+    assert (codes[victim], codes[survivor]) == (-signal.SIGKILL, 1)
+    expected = f"error: process {victim} ({socket.gethostname()}) has died; all end; what was saved is intact: run the "
+    assert last_lines(errors)[survivor] == f"{expected}same command again"
+    assert "Traceback" not in errors[survivor] and "stack trace" not in errors[survivor]
