@@ -8,6 +8,7 @@ a process which ends, however it ends, and after KEEPALIVE_S that of a computer 
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import threading
 import time
@@ -172,7 +173,7 @@ def _report(place: Place, mine: Hello, timeout_s: float) -> Company:
     except OSError as error:
         raise UserError(
             f"--distributed: process 0 does not answer at {place.coordinator} within {timeout_s:g} s "
-            f"({error.strerror or error}); start it there, or see what it said"
+            f"({reason(error)}); start it there, or see what it said"
         ) from None
     link.send(mine)
     answer = link.receive()
@@ -193,7 +194,7 @@ def _listener(place: Place) -> socket.socket:
         return socket.create_server(("", place.address()[1]))
     except OSError as error:
         raise UserError(
-            f"--distributed: process 0 cannot listen at {place.coordinator} ({error.strerror}); name a free port"
+            f"--distributed: process 0 cannot listen at {place.coordinator} ({reason(error)}); name a free port"
         ) from None
 
 
@@ -216,6 +217,11 @@ def connected(address: tuple[str, int], timeout_s: float) -> socket.socket:
 
 
 # ---- What is said
+
+
+def reason(error: OSError) -> str:
+    """In the system's words, without the address that Python adds to some."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def named(processes: Iterable[Hello]) -> str:

@@ -22,10 +22,15 @@ def flags(port: int, count: int, index: int) -> list[str]:
 
 
 def start(*arguments: object, devices: int = 1, package: Path = ROOT, **variables: object) -> subprocess.Popen[str]:
-    """Python with these arguments and variables of the environment, and so many simulated devices."""
+    """Python with these arguments, simulated devices and variables of the environment.
+
+    Args:
+      package: the folder of the alice_jax to run.
+    """
     simulated = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment |= {"XLA_FLAGS": simulated, "PYTHONPATH": f"{package}:{ROOT / 'tests'}"}
+    environment |= {"XLA_FLAGS": simulated, "PYTHONPATH": f"{package}:{ROOT}:{ROOT / 'tests'}"}
+    environment["PYTHONSAFEPATH"] = "1"  # without the working directory, so that `package` comes first
     environment |= {name: str(value) for name, value in variables.items()}
     command = [sys.executable, *map(str, arguments)]
     pipe = subprocess.PIPE

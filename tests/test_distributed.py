@@ -5,10 +5,13 @@ import socket
 import time
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from one_of_a_run import global_rows, go_on, hashed
 from processes import finish, free_port, last_lines, start
 
-from alice_jax import sharding
+from alice_jax import distributed, sharding
+from alice_jax.errors import UserError
 from alice_jax.rendezvous import KEEPALIVE_S
 
 WORKER = "tests/one_of_a_run.py"
@@ -72,3 +75,24 @@ def test_a_process_that_is_killed_ends_the_others(victim):
     expected = f"error: process {victim} ({socket.gethostname()}) has died; all end; what was saved is intact: run the "
     assert last_lines(errors)[survivor] == f"{expected}same command again"
     assert "Traceback" not in errors[survivor] and "stack trace" not in errors[survivor]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(processes=2), "--coordinator, --processes, --process: give all three"),
+        (dict(coordinator="here:1", processes=2, process=2), "--process 2: give 0 to 1 with --processes 2"),
+        (dict(coordinator="here", processes=2, process=1), "--coordinator here: give HOST:PORT of process 0"),
+        (
+            dict(distributed=True),
+            "--distributed: JAX finds no cluster that this process is part of; start it by srun or by a script of "
+            "launch/, or give --coordinator, --processes and --process",
+        ),
+    ],
+)
+def test_a_place_that_is_none_is_refused(given, message, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    flags.FLAGS(["train"])
+    with flagsaver.flagsaver(**given), pytest.raises(UserError) as caught:
+        distributed.by_flags({})
+    assert str(caught.value) == message

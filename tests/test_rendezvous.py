@@ -4,7 +4,7 @@ import signal
 import socket
 
 import pytest
-from processes import ROOT, finish, free_port, last_lines, start
+from processes import ROOT, finish, flags, free_port, start
 
 from alice_jax import provenance, rendezvous
 
@@ -122,7 +122,8 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         codes, _, errors = finish([meet(port, 2, 0)])
-    line = f"error: --distributed: process 0 cannot listen at localhost:{port} (Address already in use); name a free port\n"
+    reason = "(Address already in use); name a free port"
+    line = f"error: --distributed: process 0 cannot listen at localhost:{port} {reason}\n"
     assert (codes, errors) == ([1], [line])
 
 
@@ -131,8 +132,7 @@ def test_a_port_that_is_taken_is_named():
 
 def train(port, count, index, *settings, **options):
     command = ["-m", "alice_jax.train", "--config=tests/configs/small.py", "--config.data.store=none", *settings]
-    place = [f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={index}", "--join_timeout_s=60"]
-    return start(*command, *place, **options)
+    return start(*command, *flags(port, count, index), "--join_timeout_s=60", **options)
 
 
 def test_hosts_with_other_settings_and_other_code_are_refused(tmp_path):
@@ -149,18 +149,3 @@ def test_hosts_with_other_settings_and_other_code_are_refused(tmp_path):
     assert f"disagree on --config.batch_size: 8 in process 0 ({HOST}), 4 in process 1 ({HOST}); " in errors[0]
     assert f'; sources of alice_jax: "{mine}" in process 0 ({HOST}), "' in errors[0]
     assert errors[0].count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["--processes=2"], "--coordinator, --processes, --process: give all three"),
-        (["--coordinator=here:1", "--processes=2", "--process=2"], "--process 2: give 0 to 1 with --processes 2"),
-        (["--coordinator=here", "--processes=2", "--process=1"], "--coordinator here: give HOST:PORT of process 0"),
-        (["--distributed"], "--distributed: JAX finds no cluster that this process is part of; start it by srun or by "
-         "a script of launch/, or give --coordinator, --processes and --process"),
-    ],
-)  # fmt: skip
-def test_a_place_that_is_none_is_refused(settings, message):
-    codes, _, errors = finish([start("-m", "alice_jax.train", "--config=tests/configs/small.py", *settings)])
-    assert (codes, last_lines(errors)) == ([1], [f"error: {message}"])
