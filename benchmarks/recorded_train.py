@@ -1,10 +1,9 @@
 """The training command, which also notes what each of its batches held; for tests and benchmarks of resuming.
 
-    [PROCESS=INDEX,COUNT,PORT] [STOP_AFTER=STEP] python benchmarks/recorded_train.py --config=... --workdir=...
+    [STOP_AFTER=STEP] python benchmarks/recorded_train.py --config=... --workdir=...
 
 WORKDIR/batches-INDEX.txt gets a line for each row of each batch that is fetched: the number of the batch, the row's in
-the global batch, and a hash of its arrays, scans and points. With PROCESS it is one of the processes of a run on this
-computer; with STOP_AFTER it gets SIGTERM during that step.
+the global batch, and a hash of its arrays, scans and points. With STOP_AFTER it gets SIGTERM during that step.
 """
 
 import hashlib
@@ -14,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -68,7 +66,4 @@ pipeline_batches = pipeline.batches
 if __name__ == "__main__":
     pipeline.batches = recording
     train.conclude = lambda *_: None  # without the report, which takes longer than these runs
-    if "PROCESS" in os.environ:
-        index, count, port = map(int, os.environ["PROCESS"].split(","))
-        jax.distributed.initialize(f"localhost:{port}", count, index)
     cli.run(train.main)

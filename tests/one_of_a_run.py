@@ -3,19 +3,19 @@
     python tests/one_of_a_run.py FOLDER [PORT COUNT INDEX]
 
 It prints a hash of the global batch and the step that was restored. With no place it joins the cluster that it is in;
-without a FOLDER ("-") it waits for the others again and again.
+without a FOLDER ("-") it meets the others again and again, until one of them is told to stop.
 """
 
 import hashlib
+import itertools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from alice_jax import checkpoint, cli, distributed, rendezvous, sharding, train
+from alice_jax import checkpoint, cli, distributed, preemption, rendezvous, sharding, train
 from alice_jax.data import pipeline
 
 BATCH, STEP = 8, 5
@@ -62,6 +62,16 @@ def go_on(folder: str, mesh: Mesh) -> int:
     return step
 
 
+def again_and_again() -> int:
+    """How often until they agreed to stop."""
+    with preemption.StopSignal() as stop:
+        for times in itertools.count():
+            if stop.agreed():
+                return times
+            if times == 0:
+                print("stepping", flush=True)
+
+
 def main() -> None:
     folder, *place = sys.argv[1:]
     if place:
@@ -72,9 +82,9 @@ def main() -> None:
     with joined:
         mesh = sharding.make_mesh()
         train.say(f"{jax.process_count()} processes, {jax.device_count()} devices")
-        while folder == "-":
-            multihost_utils.sync_global_devices("again")
-            print("together", flush=True)
+        if folder == "-":
+            print("together", again_and_again(), flush=True)
+            return
         print(hashed(global_rows(mesh)), go_on(folder, mesh), flush=True)
 
 

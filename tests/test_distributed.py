@@ -60,15 +60,28 @@ def test_four_processes_do_what_one_does(tmp_path):
     assert go_on(str(tmp_path), mesh) == 3
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_the_others(victim):
-    port = free_port()
-    running = [start(WORKER, "-", port, 2, index) for index in range(2)]
+@pytest.fixture
+def stepping():
+    """Two processes that meet again and again."""
+    running = by_hand("-", 2)
     for process in running:
-        assert "together\n" in iter(process.stdout.readline, "")
-    running[victim].kill()
+        assert "stepping\n" in iter(process.stdout.readline, "")
+    return running
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(stepping):
+    stepping[1].terminate()
+    codes, out, errors = finish(stepping)
+    assert codes == [0, 0], errors
+    (together, times), other = (line.split() for line in last_lines(out))
+    assert [together, times] == other and int(times) > 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_others(victim, stepping):
+    stepping[victim].kill()
     began = time.monotonic()
-    codes, _, errors = finish(running, timeout_s=2 * KEEPALIVE_S)
+    codes, _, errors = finish(stepping, timeout_s=2 * KEEPALIVE_S)
     assert time.monotonic() - began < KEEPALIVE_S
     survivor = 1 - victim
     assert (codes[victim], codes[survivor]) == (-signal.SIGKILL, 1)

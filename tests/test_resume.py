@@ -3,14 +3,17 @@
 import random
 import signal
 import socket
+import time
 
 import faults
 import pytest
 from builders import noise_store
+from processes import flags, free_port
 from recorded_train import fetched
 from test_report import SHAPE, embed
 
 from alice_jax import coverage, metrics, provenance
+from alice_jax.rendezvous import KEEPALIVE_S
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +47,16 @@ def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, workers=0,
 
     devices: of each process.  until: step after which it is told; None for the end of the run.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = "--xla_backend_optimization_level=0"
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices} {flags}")
+    port = free_port()
+    unoptimised = "--xla_backend_optimization_level=0"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices} {unoptimised}")
     # A step in one part, as it must be for equal numbers: the noise of a part is drawn for all of its samples at once.
     settings = [f"--config.microbatch={8 // (devices * processes)}", f"--config.data.workers={workers}"]
     running = []
     for index in range(processes):
-        monkeypatch.setenv("PROCESS", f"{index},{processes},{port}")
+        place = flags(port, processes, index) if processes > 1 else []
         monkeypatch.setenv("STOP_AFTER", str(until) if until and index == processes - 1 else "-1")
-        running.append(faults.start([*arguments, *settings], workdir))
+        running.append(faults.start([*arguments, *settings, *place], workdir))
     for process in running:
         _, errors = process.communicate(timeout=faults.PATIENCE_S)
         assert process.returncode == (128 + signal.SIGTERM if until else 0), errors
@@ -67,8 +68,9 @@ def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, workers=0,
     [
         [dict(devices=8, until=2), dict(devices=4, workers=2, until=4), dict(devices=1, workers=1)],
         [dict(processes=2, until=2), dict(processes=1, devices=4, until=4), dict(processes=2, devices=2, workers=1)],
+        [dict(processes=4, until=2), dict(processes=2, until=4), dict(processes=4)],
     ],
-    ids=["8, 4, 1 devices", "2, 1, 2 processes"],
+    ids=["8, 4, 1 devices", "2, 1, 2 processes", "4, 2, 4 processes"],
 )
 def test_elsewhere(arguments, tmp_path, monkeypatch, stretches):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
@@ -82,3 +84,25 @@ def test_elsewhere(arguments, tmp_path, monkeypatch, stretches):
     for line, expected in zip(faults.logged(parts), faults.logged(whole), strict=True):
         assert line == pytest.approx(expected, rel=1e-5, abs=1e-6), line["step"]
     assert [entry["step"] for entry in provenance.read(parts)] == [0, 2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_of_which_one_is_killed(arguments, tmp_path, monkeypatch, victim):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    go_on(monkeypatch, arguments, whole, processes=2)
+    port = free_port()
+    settings = [*arguments, "--config.microbatch=4", "--config.data.workers=0"]
+    running = [faults.start([*settings, *flags(port, 2, index)], parts) for index in range(2)]
+    while len(fetched(parts)) < 4 * 8 and running[victim].poll() is None:  # during the third of six steps
+        time.sleep(0.05)
+    running[victim].kill()
+    errors = [process.communicate(timeout=KEEPALIVE_S)[1] for process in running]
+    assert running[1 - victim].returncode == 1
+    assert (
+        errors[1 - victim].splitlines()[-1].startswith(f"error: process {victim} ({socket.gethostname()}) has died; ")
+    )
+    go_on(monkeypatch, arguments, parts, processes=2)
+    assert faults.logged(parts) == faults.logged(whole)
+    assert fetched(parts) == fetched(whole)
+    assert (provenance.read(parts)[-1]["processes"], metrics.read(parts)[-1]["step"]) == (2, 6)
