@@ -40,10 +40,15 @@ def store_path() -> str:
     return os.path.join(root(), "store")
 
 
+def made(embedded: bool) -> bool:
+    """Whether all patients are there, and their embeddings if asked for."""
+    return len(_ids(store_path())) >= len(PATIENTS) and (not embedded or os.path.exists(_matching()))
+
+
 def patients() -> str:
     """The path of the store, after making the phantoms if they are missing; embeddings may not be there yet."""
     say(f"data.store is not set: using the built-in cohort of {len(PATIENTS)} phantom patients in {root()}")
-    if len(_ids(store_path())) < len(PATIENTS):
+    if not made(embedded=False):
         phantom.write_cohort(store_path(), PATIENTS)
     return store_path()
 

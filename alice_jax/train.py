@@ -193,9 +193,13 @@ def run(config: ConfigDict, workdir: str) -> int:
 
 def built_in_store(config: ConfigDict) -> str:
     """The path of the built-in cohort, with embeddings where pairs are mined with them."""
-    if config.objective == "alice" and config.views.kind == "mined":
-        return builtin.embedded_patients(run)
-    return builtin.patients()
+    mined = config.objective == "alice" and config.views.kind == "mined"
+    if jax.process_count() > 1 and not builtin.made(mined):
+        raise UserError(
+            "data.store: not set, and the built-in cohort is not there yet; run the same command in one process first, "
+            "which makes it, or set data.store"
+        )
+    return builtin.embedded_patients(run) if mined else builtin.patients()
 
 
 def conclude(config: ConfigDict, workdir: str) -> None:

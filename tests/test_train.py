@@ -265,6 +265,13 @@ def test_mistakes_on_the_command_line_are_named(arguments, message):
     assert "Traceback" not in str(raised.value)
 
 
+def test_the_built_in_cohort_is_made_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALICE_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"data\.store: not set, .* run the same command in one process first"):
+        train.built_in_store(small(None))
+
+
 def test_mistakes_are_one_line_and_exit_1(tmp_path):
     store = ["--config=configs/pretrain.py:tiny", "--config.data.store=/no/such/store", f"--workdir={tmp_path}"]
     started = {
