@@ -238,7 +238,8 @@ def absence(place: Place, here: dict[int, Hello], timeout_s: float) -> str:
     shown = ", ".join(missing[:_LISTED]) + (" …" if len(missing) > _LISTED else "")
     return (
         f"--distributed: {len(missing)} of {place.processes} processes ({shown}) did not come to {place.coordinator} "
-        f"within {timeout_s:g} s; those that came: {named(here.values())}; see what the missing ones said, and start all again"
+        f"within {timeout_s:g} s; those that came: {named(here.values())}; see what the missing ones "
+        "said, and start all again"
     )
 
 

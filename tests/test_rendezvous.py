@@ -45,8 +45,8 @@ def test_those_who_agree_meet_and_part():
     [
         (
             [(4, 0), (4, 2)],
-            "--distributed: 2 of 4 processes (1, 3) did not come to localhost:PORT within 3 s; those that came: processes "
-            f"0 ({HOST}), 2 ({HOST}); see what the missing ones said, and start all again",
+            "--distributed: 2 of 4 processes (1, 3) did not come to localhost:PORT within 3 s; those that came: "
+            f"processes 0 ({HOST}), 2 ({HOST}); see what the missing ones said, and start all again",
         ),
         (
             [(2, 1)],
