@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax._src.clusters import ClusterEnv  # private: the only way to know the place before joining (jax 0.10.2 to 0.12)
+from jax._src.clusters import ClusterEnv  # private, of jax 0.10.2 to 0.12: how to know the place before joining
 
 from alice_jax import cli, rendezvous
 from alice_jax.errors import Stalled, UserError
@@ -97,8 +97,8 @@ def joined(
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
         yield
-        jax.distributed.shutdown()  # once all have come so far
-        company.part()
+        company.part()  # JAX would wait for five minutes at most, and process 0 may be writing the report
+        jax.distributed.shutdown()
     except KeyboardInterrupt:
         company.fail("stopped by Ctrl-C", 0)
         raise Stalled("stopped by Ctrl-C") from None

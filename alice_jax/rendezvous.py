@@ -80,6 +80,7 @@ class Company:
         self._me, self._hosts, self._links = me, hosts, links
         self._last_word = threading.Lock()  # taken by whoever ends this process, and never given back
         self._failing = False
+        self._at_end = threading.Semaphore(0)  # how many at the other ends have come to their end
 
     def watch(self, stop: Callable[[str], None]) -> None:
         """Calls `stop`, which must end the process, with what has happened to another one."""
@@ -88,7 +89,8 @@ class Company:
 
     def _listen(self, index: int, link: Link, stop: Callable[[str], None]) -> None:
         news = link.receive()
-        if news == {}:  # it has come to its end
+        if news == {}:
+            self._at_end.release()
             return
         died = news is None
         if died:
@@ -117,8 +119,13 @@ class Company:
         self._tell({"text": f"{me} has failed ({reason})"})
 
     def part(self) -> None:
-        """Tells the others that this process has come to its end."""
-        self._tell({})
+        """Waits until all have come to their end, however long that takes."""
+        if self._me:
+            self._tell({})
+        for _ in self._links:
+            self._at_end.acquire()
+        if not self._me:
+            self._tell({})
 
 
 def meet(place: Place, facts: dict[str, Any], timeout_s: float) -> Company:

@@ -19,13 +19,14 @@ def stop(text):
 def main():
     company = rendezvous.meet(rendezvous.Place(*place), facts, 3)
     print("met", flush=True)
+    began = time.monotonic()
     company.watch(stop)
     if then == "fail":
         company.fail("no more memory", 0)
         return 1
-    time.sleep(60 if then == "wait" else 0)
+    time.sleep({"wait": 60, "late": 2}.get(then, 0))
     company.part()
-    time.sleep(1)
+    print(time.monotonic() - began > 1.5)
 cli.run(main)
 """
 
@@ -34,10 +35,11 @@ def meet(port, count, index, facts=None, then="part"):
     return start("-c", MEET, repr(((f"localhost:{port}", count, index), facts or {}, then)))
 
 
-def test_those_who_agree_meet_and_part():
+@pytest.mark.parametrize("late", [0, 1])
+def test_those_who_agree_meet_and_wait_for_the_last_to_part(late):
     port = free_port()
-    codes, out, errors = finish([meet(port, 3, index) for index in (2, 1, 0)])
-    assert (codes, out, errors) == ([0] * 3, ["met\n"] * 3, [""] * 3)
+    codes, out, errors = finish([meet(port, 3, index, then="late" if index == late else "part") for index in (2, 1, 0)])
+    assert (codes, out, errors) == ([0] * 3, ["met\nTrue\n"] * 3, [""] * 3)
 
 
 @pytest.mark.parametrize(
