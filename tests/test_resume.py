@@ -12,7 +12,7 @@ from processes import flags, free_port
 from recorded_train import fetched
 from test_report import SHAPE, embed
 
-from alice_jax import coverage, metrics, provenance
+from alice_jax import checkpoint, coverage, metrics, provenance
 from alice_jax.rendezvous import KEEPALIVE_S
 
 
@@ -94,7 +94,7 @@ def test_two_processes_of_which_one_is_killed(arguments, tmp_path, monkeypatch, 
     port = free_port()
     settings = [*arguments, "--config.microbatch=4", "--config.data.workers=0"]
     running = [faults.start([*settings, *flags(port, 2, index)], parts) for index in range(2)]
-    while len(fetched(parts)) < 4 * 8 and running[victim].poll() is None:  # during the third of six steps
+    while not checkpoint.newest_intact(parts)[0] and running[victim].poll() is None:  # of the second of six steps
         time.sleep(0.05)
     running[victim].kill()
     errors = [process.communicate(timeout=KEEPALIVE_S)[1] for process in running]
