@@ -37,9 +37,9 @@ def shardings(tree: Tree, params: Tree, mesh: Mesh, rules: Rules = RULES) -> Tre
 
     def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
         for start in range(len(path)):
-            shape, found = like.get(parameter_name(path[start:]), (None, None))
+            shape, divided = like.get(parameter_name(path[start:]), (None, PartitionSpec()))
             if shape == x.shape:
-                return NamedSharding(mesh, found)
+                return NamedSharding(mesh, divided)
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)

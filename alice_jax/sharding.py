@@ -120,7 +120,7 @@ def placed(tree: Tree, params: Tree, mesh: Mesh, rules: Rules) -> Tree:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: jax.Array, place: NamedSharding) -> jax.Array:
     """A parameter, whole on every device; its gradient lies where the parameter does, by a reduce-scatter."""
-    return jax.lax.with_sharding_constraint(x, replicated(place.mesh))
+    return jax.lax.with_sharding_constraint(x, place.update(spec=PartitionSpec()))
 
 
 gathered.defvjp(
