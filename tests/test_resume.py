@@ -42,7 +42,7 @@ def test_killed_at_random_moments(arguments, tmp_path, monkeypatch):
 def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, parameters=1, workers=0, until=None):
     """Runs all processes of one stretch; only the last of them is told to stop.
 
-    devices: of each process.  parameters: how many share the state.  until: step after which it is told; None for the end of the run.
+    devices: of each process.  parameters: how many share the state.  until: step after which it is told; None: the end.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
