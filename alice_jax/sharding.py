@@ -160,29 +160,26 @@ def compiled_step(
     A batch in one part is one compiled program. With several, each part is one call and the update another.
     """
     objective = on_mesh(objective, mesh, rules)
+
+    def lying(function: Callable[..., Tree]) -> Callable[..., Tree]:
+        """`function(state, …)`, whose results lie where they belong."""
+        return lambda state, *rest: placed(function(state, *rest), state.params, mesh, rules)
+
     if parts == 1:
-        train_step = train_state.make_train_step(objective, key)
-        whole = jax.jit(
-            lambda state, batch: placed(train_step(state, batch), state.params, mesh, rules), donate_argnums=0
-        )
+        whole = jax.jit(lying(train_state.make_train_step(objective, key)), donate_argnums=0)
         return lambda state, batch: whole(state, batch[0])
 
     part_of, finish = train_state.make_partial_steps(objective, key, parts)
-    add = jax.jit(
-        lambda state, part, index, total: placed(
-            jax.tree.map(jax.numpy.add, total, part_of(state, part, index)), state.params, mesh, rules
-        ),
-        donate_argnums=3,
-    )
-    zeros = jax.jit(
-        lambda state, part: placed(
-            jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(part_of, state, part, 0)),
-            state.params,
-            mesh,
-            rules,
-        )
-    )
-    update = jax.jit(lambda state, total: placed(finish(state, total), state.params, mesh, rules), donate_argnums=0)
+
+    def nothing(state: TrainState, part: Batch) -> Tree:
+        shapes = jax.eval_shape(part_of, state, part, 0)
+        return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+
+    def added(state: TrainState, part: Batch, index: jax.Array, total: Tree) -> Tree:
+        return jax.tree.map(jax.numpy.add, total, part_of(state, part, index))
+
+    zeros, add = jax.jit(lying(nothing)), jax.jit(lying(added), donate_argnums=3)
+    update = jax.jit(lying(finish), donate_argnums=0)
     numbers = jax.device_put(list(np.arange(parts)), replicated(mesh))
     # On a CPU a program takes its memory when it is called and not when it runs, so parts called ahead would add up.
     one_at_a_time = platform(mesh) == "cpu"
