@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import broken, builtin, checkpoint, cli, host, numerics, sharding, tasks, train_state
+from alice_jax import broken, builtin, checkpoint, cli, host, layout, numerics, sharding, tasks, train_state
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective
@@ -35,15 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--workdir {args.workdir}: its config.json is missing; restore it")
     objective = tasks.make(config, Store.open(config.data.store or builtin.store_path())).objective
     parts, samples, key = update.batch(), update.samples(), jax.random.key(config.seed)
-    mesh = sharding.make_mesh(jax.devices()[: math.gcd(jax.device_count(), len(samples) // len(parts))])
+    devices = jax.devices()[: math.gcd(jax.device_count(), len(samples) // len(parts))]
+    divided = config.get("mesh", ConfigDict({"parameters": 1, "rules": layout.RULES}))  # runs of older versions: none
+    mesh, rules = sharding.make_mesh(devices, math.gcd(len(devices), divided.parameters)), divided.rules
     batch = [sharding.global_batch(mesh, part) for part in parts]
-    init = sharding.compiled_init(objective, config.seed, mesh)
-    state = broken.state_before(args.workdir, update.step, sharding.described(jax.eval_shape(init, samples[0]), mesh))
+    shapes = jax.eval_shape(sharding.compiled_init(objective, config.seed, mesh, rules), samples[0])
+    state = broken.state_before(args.workdir, update.step, sharding.described(shapes, mesh, rules))
 
     broken_numbers = [sum(int(np.sum(~np.isfinite(x))) for x in sample.values()) for sample in samples]
     alone = losses_alone(objective, key, state, samples)
     part, gradients, layers = first_broken_part(objective, key, state, batch)
-    train_step = sharding.compiled_step(objective, key, mesh, len(parts))  # the last, since it takes the state
+    train_step = sharding.compiled_step(objective, key, mesh, len(parts), rules)  # the last, since it takes the state
     now = {name: float(value) for name, value in jax.device_get(train_step(state, batch)[1]).items()}
 
     first = next((i for i, layer in enumerate(layers) if layer.not_finite), len(layers) - 1)

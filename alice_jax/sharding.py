@@ -2,8 +2,13 @@
 
 `jit` with shardings and not `pmap`: the step is written once over the global batch and the compiler places it on one
 device or on many, so the losses and centers are global means without any axis name.
+
+The batch is divided over all devices. The state is divided over those of the axis "parameters" (FSDP, arXiv 2304.11277)
+by `layout.py`; a loss sees whole parameters, which are gathered for it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,20 +17,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alice_jax import train_state
+from alice_jax import layout, train_state
 from alice_jax.errors import UserError
+from alice_jax.layout import DATA, PARAMETERS, RULES, Rules
 from alice_jax.objectives import Batch, Objective
 from alice_jax.train_state import TrainState
 
 Tree = Any
-DATA = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes, or those given, on one data axis."""
+def make_mesh(devices: Sequence[jax.Device] | None = None, parameters: int = 1) -> Mesh:
+    """All devices of all processes, or those given; the state is divided over groups of `parameters` of them."""
     devices = jax.devices() if devices is None else devices
+    if parameters < 1 or len(devices) % parameters:
+        raise UserError(f"mesh.parameters {parameters}: must divide the number of devices, {len(devices)}")
+    shape = (len(devices) // parameters, parameters)
     # Explicit axes, the default, would ask every matmul of the model for an output sharding.
-    return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(shape, (DATA, PARAMETERS), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -34,18 +42,19 @@ def platform(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """For the state: every device holds all of it."""
+    """For what every device holds all of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_sample(mesh: Mesh) -> NamedSharding:
     """For a batch: its first axis divided over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    return NamedSharding(mesh, PartitionSpec((DATA, PARAMETERS)))
 
 
-def described(shapes: Tree, mesh: Mesh) -> Tree:
+def described(shapes: TrainState, mesh: Mesh, rules: Rules = RULES) -> TrainState:
     """Shapes of a state with the shardings that it is to be restored to."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)), shapes)
+    places = layout.shardings(shapes, shapes.params, mesh, rules)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 
 def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -91,47 +100,87 @@ def runs_once(on: str) -> dict[str, Any] | None:
     return {"xla_backend_optimization_level": 0} if on == "cpu" else None
 
 
-def compiled_init(objective: Objective, seed: int, mesh: Mesh) -> Callable[[dict[str, np.ndarray]], TrainState]:
+def compiled_init(
+    objective: Objective, seed: int, mesh: Mesh, rules: Rules = RULES
+) -> Callable[[dict[str, np.ndarray]], TrainState]:
     """`init(example batch) -> state`, made where it will live."""
 
     def init(batch: Batch) -> TrainState:
-        return train_state.create(objective, seed, batch)
+        state = train_state.create(objective, seed, batch)
+        return placed(state, state.params, mesh, rules)
 
-    return jax.jit(init, out_shardings=replicated(mesh), compiler_options=runs_once(platform(mesh)))
+    return jax.jit(init, compiler_options=runs_once(platform(mesh)))
+
+
+def placed(tree: Tree, params: Tree, mesh: Mesh, rules: Rules) -> Tree:
+    """`tree`, traced, with each array where `layout.shardings` has it."""
+    return jax.lax.with_sharding_constraint(tree, layout.shardings(tree, params, mesh, rules))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, place: NamedSharding) -> jax.Array:
+    """A parameter, whole on every device; its gradient lies where the parameter does, by a reduce-scatter."""
+    return jax.lax.with_sharding_constraint(x, place.update(spec=PartitionSpec()))
+
+
+gathered.defvjp(
+    lambda x, place: (gathered(x, place), None),
+    lambda place, _, gradient: (jax.lax.with_sharding_constraint(gradient, place),),
+)
+
+
+def on_whole(function: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable[..., Any]:
+    """An objective's `function(params, extra, …)`, given divided ones."""
+
+    def call(params: Tree, extra: Tree, *rest: Any) -> Any:
+        places = layout.shardings((params, extra), params, mesh, rules)
+        return function(*jax.tree.map(gathered, (params, extra), places), *rest)
+
+    return call
+
+
+def on_mesh(objective: Objective, mesh: Mesh, rules: Rules) -> Objective:
+    """The objective for parameters that are divided over a mesh."""
+    loss, features = (on_whole(function, mesh, rules) for function in (objective.loss, objective.features))
+    return dataclasses.replace(objective, loss=loss, features=features)
+
+
+def compiled_eval(
+    objective: Objective, key: jax.Array, mesh: Mesh, rules: Rules = RULES
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """`eval_step(state, batch) -> (losses, features)`, whole on every device."""
+    return jax.jit(train_state.make_eval_step(on_mesh(objective, mesh, rules), key), out_shardings=replicated(mesh))
 
 
 def compiled_step(
-    objective: Objective, key: jax.Array, mesh: Mesh, parts: int
+    objective: Objective, key: jax.Array, mesh: Mesh, parts: int, rules: Rules = RULES
 ) -> Callable[[TrainState, list[dict[str, jax.Array]]], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, parts of a batch) -> (next state, metrics)`; the memory of the old state is given to the new one.
 
     A batch in one part is one compiled program. With several, each part is one call and the update another.
     """
-    everywhere, rows = replicated(mesh), by_sample(mesh)
+    objective = on_mesh(objective, mesh, rules)
+
+    def lying(function: Callable[..., Tree]) -> Callable[..., Tree]:
+        """`function(state, …)`, whose results lie where they belong."""
+        return lambda state, *rest: placed(function(state, *rest), state.params, mesh, rules)
+
     if parts == 1:
-        whole = jax.jit(
-            train_state.make_train_step(objective, key),
-            in_shardings=(everywhere, rows),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        )
+        whole = jax.jit(lying(train_state.make_train_step(objective, key)), donate_argnums=0)
         return lambda state, batch: whole(state, batch[0])
 
     part_of, finish = train_state.make_partial_steps(objective, key, parts)
-    add = jax.jit(
-        lambda state, part, index, total: jax.tree.map(jax.numpy.add, total, part_of(state, part, index)),
-        in_shardings=(everywhere, rows, everywhere, everywhere),
-        out_shardings=everywhere,
-        donate_argnums=3,
-    )
-    zeros = jax.jit(
-        lambda state, part: jax.tree.map(
-            lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(part_of, state, part, 0)
-        ),
-        out_shardings=everywhere,
-    )
-    update = jax.jit(finish, out_shardings=everywhere, donate_argnums=0)
-    numbers = jax.device_put(list(np.arange(parts)), everywhere)
+
+    def nothing(state: TrainState, part: Batch) -> Tree:
+        shapes = jax.eval_shape(part_of, state, part, 0)
+        return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+
+    def added(state: TrainState, part: Batch, index: jax.Array, total: Tree) -> Tree:
+        return jax.tree.map(jax.numpy.add, total, part_of(state, part, index))
+
+    zeros, add = jax.jit(lying(nothing)), jax.jit(lying(added), donate_argnums=3)
+    update = jax.jit(lying(finish), donate_argnums=0)
+    numbers = jax.device_put(list(np.arange(parts)), replicated(mesh))
     # On a CPU a program takes its memory when it is called and not when it runs, so parts called ahead would add up.
     one_at_a_time = platform(mesh) == "cpu"
 

@@ -35,6 +35,7 @@ from alice_jax import (
     coverage,
     distributed,
     host,
+    layout,
     provenance,
     report,
     sharding,
@@ -56,6 +57,8 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "log_every",
     "validate_every",
+    "mesh.parameters",
+    "mesh.rules",
     "data.workers",
     "data.threads",
     "data.timeout_s",
@@ -78,7 +81,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     copies = Copies(os.path.join(host.cache(), "copies"), round(config.data.cache_gb * 1e9))
     store = Store.open(config.data.store or built_in_store(config), copies if config.data.cache_gb else None)
     task = tasks.make(config, store)
-    mesh = sharding.make_mesh()
+    mesh, rules = sharding.make_mesh(parameters=config.mesh.parameters), config.mesh.rules
     parts = sharding.parts_of_batch(config.batch_size, config.microbatch, mesh)
     say(
         f"{len(task.scans)} scans to train on, {len(task.validation_scans)} held out; {config.batch_size} samples "
@@ -87,9 +90,11 @@ def run(config: ConfigDict, workdir: str) -> int:
 
     # ---- State, made on its devices or restored
     key = jax.random.key(config.seed)
-    init = sharding.compiled_init(task.objective, config.seed, mesh)
+    init = sharding.compiled_init(task.objective, config.seed, mesh, rules)
     example = example_batch(task)
-    described = sharding.described(jax.eval_shape(init, example), mesh)
+    described = sharding.described(jax.eval_shape(init, example), mesh, rules)
+    if config.mesh.parameters > 1:
+        say(layout.summary(described.params, mesh, rules))
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     checkpoints.check_space(described)
     counted: dict[str, Any] = {}  # by the host, beside the state
@@ -105,8 +110,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         provenance.record(workdir, start, None if codec is None else codec.embedder)
         if counted:
             coverage.write(workdir, start, counted["coverage"])
-    train_step = sharding.compiled_step(task.objective, key, mesh, parts)
-    eval_step = jax.jit(train_state.make_eval_step(task.objective, key), out_shardings=sharding.replicated(mesh))
+    train_step = sharding.compiled_step(task.objective, key, mesh, parts, rules)
+    eval_step = sharding.compiled_eval(task.objective, key, mesh, rules)
     ranges = tasks.healthy_ranges(config)
 
     # ---- Batches

@@ -82,7 +82,7 @@ def make_partial_steps(objective: Objective, key: jax.Array, parts: int) -> tupl
         params = optax.apply_updates(state.params, updates)
         extra = objective.update(params, state.extra, stats, state.step)
         metrics |= {"gradient_norm": optax.global_norm(gradients), "state_norm": optax.global_norm((params, extra))}
-        metrics |= {name: schedule(state.step) for name, schedule in objective.schedules.items()}
+        metrics |= {name: jnp.asarray(schedule(state.step)) for name, schedule in objective.schedules.items()}
         new = TrainState(step=state.step, params=params, extra=extra, opt_state=opt_state)
         return dataclasses.replace(numerics.finite_or(state, new, metrics), step=state.step + 1), metrics
 

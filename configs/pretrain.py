@@ -30,6 +30,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every = 10
     config.validate_every = 500
 
+    config.mesh = ConfigDict()  # docs/scaling.md
+    config.mesh.parameters = 1  # devices that share one copy of parameters, teacher and optimizer state
+    config.mesh.rules = (("", 65_536),)  # (regex, None or "parameters" for each axis, or values from which to divide)
+
     config.numerics = ConfigDict()  # docs/faults.md
     config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
     config.numerics.collapse = "warn"  # or "stop", or "ignore": at validation, when features are all alike

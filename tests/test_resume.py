@@ -42,16 +42,17 @@ def test_killed_at_random_moments(arguments, tmp_path, monkeypatch):
 # ---- The same run, on other devices, processes and workers
 
 
-def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, workers=0, until=None):
+def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, parameters=1, workers=0, until=None):
     """Runs all processes of one stretch; only the last of them is told to stop.
 
-    devices: of each process.  until: step after which it is told; None for the end of the run.
+    devices: of each process.  parameters: how many share the state.  until: step after which it is told; None: the end.
     """
     port = free_port()
     unoptimised = "--xla_backend_optimization_level=0"
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices} {unoptimised}")
     # A step in one part, as it must be for equal numbers: the noise of a part is drawn for all of its samples at once.
     settings = [f"--config.microbatch={8 // (devices * processes)}", f"--config.data.workers={workers}"]
+    settings += [f"--config.mesh.parameters={parameters}", "--config.mesh.rules=(('', 64),)"]
     running = []
     for index in range(processes):
         place = flags(port, processes, index) if processes > 1 else []
@@ -67,10 +68,11 @@ def go_on(monkeypatch, arguments, workdir, *, processes=1, devices=1, workers=0,
     "stretches",
     [
         [dict(devices=8, until=2), dict(devices=4, workers=2, until=4), dict(devices=1, workers=1)],
+        [dict(devices=4, parameters=4, until=2), dict(devices=4, until=4), dict(devices=4, parameters=2)],
         [dict(processes=2, until=2), dict(processes=1, devices=4, until=4), dict(processes=2, devices=2, workers=1)],
         [dict(processes=4, until=2), dict(processes=2, until=4), dict(processes=4)],
     ],
-    ids=["8, 4, 1 devices", "2, 1, 2 processes", "4, 2, 4 processes"],
+    ids=["8, 4, 1 devices", "state on 4, 1, 2 devices", "2, 1, 2 processes", "4, 2, 4 processes"],
 )
 def test_elsewhere(arguments, tmp_path, monkeypatch, stretches):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")

@@ -168,12 +168,21 @@ def test_nested_tuples_of_a_configuration_are_the_same_when_read_back(tmp_path):
         train.claim(str(tmp_path), config)
 
 
+def test_a_run_from_before_meshes_had_settings_goes_on(tmp_path):
+    config = pretrain.get_config("tiny")
+    checkpoint.write_config(str(tmp_path), {name: value for name, value in config.to_dict().items() if name != "mesh"})
+    train.claim(str(tmp_path), config)
+    assert checkpoint.read_config(str(tmp_path))["mesh"]["parameters"] == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"steps": 0}, "steps 0"),
         ({"batch_size": -1}, "batch_size -1"),
         ({"batch_size": 9}, "batch_size 9: must be a multiple of the number of devices"),
+        ({"mesh.parameters": 3}, "mesh.parameters 3: must divide the number of devices, 8"),
+        ({"mesh.rules": (("heed", 1), ("", 1))}, "mesh.rules 'heed': is no parameter's first match"),
         ({"objective": "dino"}, "objective 'dino'"),
         ({"precision": "float64"}, "precision 'float64'"),
         ({"seed": -1}, "seed -1"),

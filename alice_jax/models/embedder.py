@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from alice_jax.models.layers import add_bias
+
 Triple = tuple[int, int, int]
 EPSILON = 1e-12  # of the L2 normalisation
 
@@ -79,7 +81,7 @@ class Conv(nn.Module):
         )
         y = y.reshape(batch, out_depth, *y.shape[1:])
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
         return y
 
 

@@ -45,6 +45,12 @@ def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
 
 
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """`y + bias` in float32, returned as `y` is: the gradient of a bias is a sum over all voxels, which in bfloat16
+    would stand still at 256 equal terms."""
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any) -> jax.Array:
     """(x - mean) / sqrt(variance + epsilon) · scale + bias over the last axis, in float32, returned in `dtype`.
@@ -108,7 +114,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
-            y = y + self.param("bias", bias_init, (self.features,), jnp.float32).astype(self.dtype)
+            y = add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
         return y
 
 
@@ -139,7 +145,7 @@ class Conv3(nn.Module):
             padding=[(1, 1), (1, 1)],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y.reshape(b, -1, *y.shape[1:]) + bias.astype(self.dtype)
+        return add_bias(y.reshape(b, -1, *y.shape[1:]), bias)
 
 
 class Expand(nn.Module):
@@ -161,7 +167,7 @@ class Expand(nn.Module):
         bias = self.param("bias", limit, (self.features,), jnp.float32)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype).reshape(channels, -1)
         y = y.reshape(b, d, h, w, kd, kh, kw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(b, d * kd, h * kh, w * kw, self.features) + bias.astype(self.dtype)
+        return add_bias(y.reshape(b, d * kd, h * kh, w * kw, self.features), bias)
 
 
 class Mlp(nn.Module):

@@ -261,7 +261,9 @@ class NNFormer(nn.Module):
             volume = jnp.where(spread_cells(hidden, volume.shape[1:4])[..., None], 0.0, volume)
         x = self.patch_embed(volume)
         if hidden is not None and self.mask_tokens:
-            x = jnp.where(spread_cells(hidden, x.shape[1:4])[..., None], self.mask_token.astype(x.dtype), x)
+            # In float32, since the token's gradient is a sum over all hidden cells.
+            x = jnp.where(spread_cells(hidden, x.shape[1:4])[..., None], self.mask_token, x.astype(jnp.float32))
+            x = x.astype(self.dtype)
         if position_embedding is not None:
             x = x + position_embedding.astype(x.dtype)
         skips = []
