@@ -100,6 +100,24 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel: (..., in), (in, out) -> (..., out).
+
+    Its own gradient, since JAX's asks for the transposed kernel gradient, which takes a CPU up to five times as long.
+    """
+    return x @ kernel
+
+
+def _product_gradient(saved, gradient):
+    x, kernel = saved
+    rows, of_rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, rows.T @ of_rows
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_gradient)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` over the last axis: (..., in) -> (..., features)."""
 
@@ -112,7 +130,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init, bias_init = starting_values(self.start, x.shape[-1])
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             y = add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
         return y
@@ -165,7 +183,7 @@ class Expand(nn.Module):
         limit = uniform((self.features * kd * kh * kw) ** -0.5)
         kernel = self.param("kernel", limit, (channels, kd, kh, kw, self.features), jnp.float32)
         bias = self.param("bias", limit, (self.features,), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype).reshape(channels, -1)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype).reshape(channels, -1))
         y = y.reshape(b, d, h, w, kd, kh, kw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return add_bias(y.reshape(b, d * kd, h * kh, w * kw, self.features), bias)
 
