@@ -76,24 +76,34 @@ class TrainStep:
         """The loss () alone: student and teacher on volumes (pairs, 2, 1, d, h, w), hidden (pairs, 2, c, c, c) bool."""
         return self.loss(self.outputs(volumes, hidden), volumes)
 
-    def __call__(self, volumes, hidden):
-        """Everything; arguments as in `forward`. The loss () is the one before the update."""
-        outputs = self.outputs(volumes, hidden)
-        loss = self.loss(outputs, volumes)
+    def __call__(self, volumes, hidden, parts: int = 1):
+        """Everything; arguments as in `forward`. The loss () is the one before the update.
+
+        Gradients of `parts` equal parts of the batch are added up before the update, for less memory. Each part takes
+        its own first mask, where the whole batch takes one.
+        """
         self.optimizer.zero_grad()
-        loss.backward()
+        means = []
+        total = torch.zeros((), device=volumes.device)
+        for some, cells in zip(volumes.chunk(parts), hidden.chunk(parts), strict=True):
+            of_part = self.outputs(some, cells)
+            loss = self.loss(of_part, some) / parts
+            loss.backward()
+            total += loss.detach()
+            means.append((of_part.teacher_cls.float().mean((0, 1)), of_part.aligned_target.float().mean((0, 1, 2))))
         for parameter in self.twin.student.parameters():
             nn.utils.clip_grad_norm_(parameter, self.clip)
         self.optimizer.step()
-        self.move_centers(outputs)
+        self.move_centers(means)
         self.move_teacher()
-        return loss.detach()
+        return total
 
     @torch.no_grad()
-    def move_centers(self, outputs: Outputs) -> None:
-        """By the teacher's mean logits of the batch."""
-        self.twin.center_cls.lerp_(outputs.teacher_cls.float().mean((0, 1)), 1 - CENTER_MOMENTUM)
-        self.twin.center_tokens.lerp_(outputs.aligned_target.float().mean((0, 1, 2)), 1 - CENTER_MOMENTUM)
+    def move_centers(self, means) -> None:
+        """By the teacher's logits of the batch: the means of cls and of tokens (prototypes,) of each of its parts."""
+        cls, tokens = (torch.stack(of_parts).mean(0) for of_parts in zip(*means, strict=True))
+        self.twin.center_cls.lerp_(cls, 1 - CENTER_MOMENTUM)
+        self.twin.center_tokens.lerp_(tokens, 1 - CENTER_MOMENTUM)
 
     @torch.no_grad()
     def move_teacher(self) -> None:
