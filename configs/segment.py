@@ -87,14 +87,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # and once more for each layer between one of the encoder and its end
 
     if variant == "tiny":
-        config.steps = 300
-        config.microbatch = 8
-        config.checkpoint_every = config.validate_every = 100
+        config.batch_size = 4
+        config.microbatch = 4
+        config.steps = 200
+        config.checkpoint_every = config.validate_every = 50
         config.log_every = 10
         config.data.threads = 2
         config.data.validation_samples = 64
         config.views.crop_shape_zyx = (32, 32, 32)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
-        config.optimizer.lr = 2e-3
+        config.optimizer.lr = 1e-3
     return config.lock()

@@ -108,21 +108,26 @@ def at_the_edge(array: np.ndarray) -> set[int]:
 def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> LabelMap:
     """A label file on the grid of its stored scan: each stored voxel takes the nearest label."""
     try:
-        image = readers.read(path, convert=_scaled)
+        image = read_codes(path)
     except Rejected as reason:
         raise UserError(f"{path}: {reason}") from reason
-    values = image.hu_ijk
-    with np.errstate(invalid="ignore"):
-        codes = values.astype(np.uint16)
-    if not np.array_equal(codes, values):  # NaN too
-        raise UserError(f"{path}: is no label map; give whole numbers from 0 to 65535, one for each organ")
     matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ image.affine_ras) @ scan.affine_lps)[:3]
     stored = ndimage.affine_transform(
-        codes, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
+        image.hu_ijk, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
     )
     if not stored.any():
         raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
-    return LabelMap.of(stored, names, at_the_edge(codes))
+    return LabelMap.of(stored, names, at_the_edge(image.hu_ijk))
+
+
+def read_codes(path: str | os.PathLike) -> readers.Image:
+    """A label file as it is, with uint16 numbers; raises `Rejected`."""
+    image = readers.read(path, convert=_scaled)
+    with np.errstate(invalid="ignore"):
+        codes = image.hu_ijk.astype(np.uint16)
+    if not np.array_equal(codes, image.hu_ijk):  # NaN too
+        raise Rejected("labels", "it is no label map of whole numbers from 0 to 65535, one for each organ")
+    return dataclasses.replace(image, hu_ijk=codes)
 
 
 def _scaled(stored: Stored) -> np.ndarray:
