@@ -89,7 +89,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.batch_size = 4
         config.microbatch = 4
-        config.steps = 200
+        config.steps = 400
         config.checkpoint_every = config.validate_every = 50
         config.log_every = 10
         config.data.threads = 2
@@ -97,5 +97,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.views.crop_shape_zyx = (32, 32, 32)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
-        config.optimizer.lr = 1e-3
+        config.optimizer.lr = 2e-3
     return config.lock()

@@ -13,7 +13,7 @@ from alice_jax.objectives import Batch, Objective
 from alice_jax.optimizer import parameter_name
 
 Tree = Any
-SMOOTH = 1e-5  # of the Dice: a class that neither target nor prediction has counts as found
+SMOOTH = 1e-5  # of the Dice, against a division by zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,10 @@ def class_shares(labels: jax.Array, classes: int, grid: Sequence[int]) -> jax.Ar
 
 
 def soft_dice(probabilities: jax.Array, target: jax.Array, batch: bool = False) -> jax.Array:
-    """Mean Dice of the classes without the background, (b, d, h, w, classes) each.
+    """Mean Dice of the classes, without the background, that each crop shows, or all crops together; 1 where none does.
+
+    Both (b, d, h, w, classes). nnU-Net lets absent classes count as well: of 13 organs in small crops these are most,
+    and a network learns to predict none. That they are not predicted is left to the cross-entropy.
 
     >>> one = jnp.array([[[[[0.0, 1.0]]]]])
     >>> float(soft_dice(one, one)), round(float(soft_dice(1 - one, one)), 4)
@@ -48,8 +51,11 @@ def soft_dice(probabilities: jax.Array, target: jax.Array, batch: bool = False) 
     """
     axes = (0, 1, 2, 3) if batch else (1, 2, 3)
     common = jnp.sum(probabilities * target, axis=axes)[..., 1:]
-    sizes = (jnp.sum(probabilities, axis=axes) + jnp.sum(target, axis=axes))[..., 1:]
-    return jnp.mean((2 * common + SMOOTH) / (sizes + SMOOTH))
+    true = jnp.sum(target, axis=axes)[..., 1:]
+    sizes = jnp.sum(probabilities, axis=axes)[..., 1:] + true
+    dice, shown = (2 * common + SMOOTH) / (sizes + SMOOTH), true > 0
+    mean = jnp.sum(dice, axis=-1, where=shown) / jnp.maximum(jnp.sum(shown, axis=-1), 1)
+    return jnp.mean(jnp.where(shown.any(axis=-1), mean, 1.0))
 
 
 def level_weights(levels: int) -> np.ndarray:
