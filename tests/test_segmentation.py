@@ -264,7 +264,8 @@ def test_a_run_from_pretrained_weights(finished, pretrained_run, store):
     for name in ("loss", "loss_dice", "loss_cross_entropy", "views/foreground", "learning_rate"):
         assert np.isfinite(lines[0][name]), name
     last = lines[-1]
-    assert {"validation/dice_liver", "validation/dice_spleen", "validation/dice_cord", "validation/dice"} <= set(last)
+    dice = {name for name in last if name.startswith("validation/dice")}
+    assert {"validation/dice_liver", "validation/dice_spleen", "validation/dice"} <= dice
     assert 0 <= last["validation/dice_liver"] <= 1
     # What was taken over stood still for two steps, and then moved.
     start = checkpoint.restore_arrays(pretrained_run)[1]["extra"]["teacher"]["backbone"]
@@ -290,7 +291,7 @@ def test_the_account_names_what_was_left_out_and_what_is_new(store, pretrained_r
     (warning, account) = task.notes  # cord is in case0 alone, which is held out
     assert warning == "warning: no training scan shows cord, which cannot be learnt"
     assert "(teacher)" in account or "tensors taken" in account
-    assert "left out: mask_token, expand; new: expand, level_head_0" in account, account
+    assert "left out: expand, mask_token; new: expand, level_head_0" in account, account
     encoder = tasks.make(small(store, init_from=pretrained_run, init_parts="encoder"), store).notes[1]
     assert "decoder_0" in encoder.split("new:")[1] and "100.0%" in encoder
 
