@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.fraction = 1.0  # of the labelled scans that are not held out
     config.data.shots = 0  # or so many of them
     config.data.subset_seed = 0  # which ones; fewer of one seed are always among more
+    config.data.cache_gb = 50.0  # of this host's disk at most, for copies of what is read of a store in a bucket
     config.data.workers = 0
     config.data.threads = 4
     config.data.timeout_s = 600.0  # a batch that takes longer ends the run

@@ -78,10 +78,10 @@ def test_samples_are_a_function_of_their_seed(store):
 
 
 def test_a_third_of_the_crops_aim_at_a_class_each_class_alike(store):
-    sampler = sampler_of(store)
-    samples = [drawn(sampler, seed) for seed in range(300)]
+    sampler, rng = sampler_of(store), np.random.default_rng(0)
+    samples = [sampler(0, rng) for _ in range(300)]
     aimed = [s for s in samples if s["meta"]["foreground"]]
-    assert 0.26 < len(aimed) / 300 < 0.41  # four standard deviations are 0.11
+    assert 0.22 < len(aimed) / 300 < 0.45  # four standard deviations are 0.11
     assert all(s["labels"].any() for s in aimed)
     assert 0.3 < np.mean([2 in s["labels"] for s in aimed]) < 0.8  # the spleen is a fifth of the liver
     assert not any(drawn(sampler_of(store, foreground=0.0), seed)["meta"]["foreground"] for seed in range(20))
