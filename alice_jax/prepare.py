@@ -9,6 +9,7 @@ without these flags, run afterwards, leaves one of them.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alice_jax import cli
-from alice_jax.data import cohort, sources, worker_process
+from alice_jax.data import cohort, label_files, label_maps, presets, sources, worker_process
 from alice_jax.data.preparing import Outcome, prepare_scan, prepare_source
 from alice_jax.data.rejection import REMEDIES, Rejected
 from alice_jax.data.scan import Scan
@@ -45,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     cli.check_folder_of("--json", args.json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    found = sources.find(args.input, skip=args.store)
+    found = presets.search(args.input, args.preset) if args.preset else sources.find(args.input, skip=args.store)
     store = Store.create(args.store, (args.spacing,) * 3)
+    if args.labels or args.preset:
+        label_files.settle_names(store, found, args.input)
+    else:
+        found.sources = [dataclasses.replace(source, labels=()) for source in found.sources]
     start = time.time()
     try:
         outcomes = prepare(store, found.sources, args.workers, args.task_index, args.task_count)
@@ -82,6 +87,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--store", required=True, metavar="DIR", help="where the scans go: a folder or gs://bucket/path"
+    )
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="also store the label maps that the dataset.json of nnU-Net or Decathlon names",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=presets.PRESETS,
+        help="--input is this data set, as it is distributed, and labels are stored",
     )
     parser.add_argument("--spacing", type=float, default=2.0, metavar="MM", help="of the stored voxels (default: 2.0)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if any file is quarantined")
@@ -231,6 +246,8 @@ def _print_report(
             print(_printable(f"  {outcome.file}: {outcome.reason.detail if outcome.reason else ''}"))
     if scans:
         print(f"\n{cohort.summary(store, scans)}")
+        if labelled := sum("labels" in scan.extra for scan in scans):
+            print(f"labels: {labelled} of {len(scans)} scans, {len(label_maps.names_in(store))} classes")
     kept = sum(outcome.kept for outcome in prepared)
     each = f", {seconds / (len(prepared) - kept):.2f} s a scan" if len(prepared) > kept else ""
     other = ", ".join(f"{ending} {count}" for ending, count in sorted(ignored.items()))

@@ -51,6 +51,18 @@ def original_to_world(points_ijk, affine_ras) -> np.ndarray:
     return np.asarray(points_ijk, float) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
 
 
+def rotation(angles: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation of (z, y, x) coordinates about the z, then y, then x axis by angles (3,) in radians."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = [i for i in range(3) if i != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
 # -------------------------------------------------------------------- from a file's axes to the store's
 
 
@@ -149,6 +161,46 @@ def resample(view_zyx: np.ndarray, affine_lps: np.ndarray, grid: Grid, outside: 
         if new > old:
             ndimage.gaussian_filter1d(smooth, _sigma(new / old), axis, output=smooth, mode="nearest")
     return _rotated(smooth, affine_lps, grid, outside)
+
+
+def resample_labels(view_zyx: np.ndarray, affine_lps: np.ndarray, grid: Grid) -> np.ndarray:
+    """A label map on a `stored_grid`; background, 0, where the file ends. The same type in and out.
+
+    Each class's mask is blurred and interpolated as `resample` does with the image, and a voxel gets the class with the
+    largest share, the background's being what is left. So no new numbers arise between two classes, and borders lie
+    where the image has them; taking the nearest voxel would move them by up to half a voxel of the file and fray them.
+    """
+    matrix = (np.linalg.inv(affine_lps) @ grid.affine_lps)[:3]
+    matrix, offset = matrix[::-1, 2::-1], matrix[::-1, 3]  # both sides in (z, y, x)
+    inverse = np.linalg.inv(matrix)
+    steps = spacing_xyz(grid.affine_lps)[::-1] / spacing_xyz(affine_lps)[::-1]
+    sigmas = np.array([_sigma(step) for step in steps])
+    margin = np.ceil(4 * sigmas).astype(int) + 2
+    best, total = np.zeros(grid.shape_zyx, np.float32), np.zeros(grid.shape_zyx, np.float32)
+    result = np.zeros(grid.shape_zyx, view_zyx.dtype)
+    for code, box in enumerate(ndimage.find_objects(view_zyx), 1):
+        if box is None:
+            continue
+        low = np.maximum([side.start for side in box] - margin, 0)
+        high = np.minimum([side.stop for side in box] + margin, view_zyx.shape)
+        share = (view_zyx[tuple(map(slice, low, high))] == code).astype(np.float32)
+        ndimage.gaussian_filter(share, sigmas, output=share, mode="nearest")
+        # The stored voxels around the box: a box's corners in one grid bound it in the other.
+        corners = np.stack(np.meshgrid(*zip(low - 1, high, strict=True), indexing="ij"), -1).reshape(-1, 3)
+        reached = (corners - offset) @ inverse.T
+        first = np.clip(np.floor(reached.min(axis=0)).astype(int), 0, grid.shape_zyx)
+        last = np.clip(np.ceil(reached.max(axis=0)).astype(int) + 1, first, grid.shape_zyx)
+        part = tuple(map(slice, first, last))
+        share = ndimage.affine_transform(
+            share, matrix, matrix @ first + offset - low, tuple(last - first), order=1, mode="nearest"
+        )
+        total[part] += share
+        won = share > best[part]
+        best[part][won], result[part][won] = share[won], code
+    result[best < 1 - total] = 0
+    if not is_aligned(affine_lps):
+        result[resample(np.ones(view_zyx.shape, np.int16), affine_lps, grid, outside=0) == 0] = 0
+    return result
 
 
 def _rotated(array_zyx: np.ndarray, affine_lps: np.ndarray, grid: Grid, outside: int) -> np.ndarray:

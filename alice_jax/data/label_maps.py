@@ -1,7 +1,7 @@
 """Organ labels of a scan on its stored grid.
 
 They come from FOLDER/<scan id>/labels.nii.gz, which may have any grid and orientation in the scan's world, or from the
-array `labels` of a phantom store.
+array `labels` of a store (docs/prepare.md).
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from alice_jax.data.scan import Scan
 from alice_jax.data.store import Store
 from alice_jax.data.voxels import Stored
 from alice_jax.errors import UserError
+
+ARRAY, NAMES = "labels", "labels.json"  # in a store: of each scan, and what their numbers mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +108,26 @@ def at_the_edge(array: np.ndarray) -> set[int]:
 def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> LabelMap:
     """A label file on the grid of its stored scan: each stored voxel takes the nearest label."""
     try:
-        image = readers.read(path, convert=_scaled)
+        image = read_codes(path)
     except Rejected as reason:
         raise UserError(f"{path}: {reason}") from reason
-    values = image.hu_ijk
-    with np.errstate(invalid="ignore"):
-        codes = values.astype(np.uint16)
-    if not np.array_equal(codes, values):  # NaN too
-        raise UserError(f"{path}: is no label map; give whole numbers from 0 to 65535, one for each organ")
     matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ image.affine_ras) @ scan.affine_lps)[:3]
     stored = ndimage.affine_transform(
-        codes, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
+        image.hu_ijk, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
     )
     if not stored.any():
         raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
-    return LabelMap.of(stored, names, at_the_edge(codes))
+    return LabelMap.of(stored, names, at_the_edge(image.hu_ijk))
+
+
+def read_codes(path: str | os.PathLike) -> readers.Image:
+    """A label file as it is, with uint16 numbers; raises `Rejected`."""
+    image = readers.read(path, convert=_scaled)
+    with np.errstate(invalid="ignore"):
+        codes = image.hu_ijk.astype(np.uint16)
+    if not np.array_equal(codes, image.hu_ijk):  # NaN too
+        raise Rejected("labels", "it is no label map of whole numbers from 0 to 65535, one for each organ")
+    return dataclasses.replace(image, hu_ijk=codes)
 
 
 def _scaled(stored: Stored) -> np.ndarray:
@@ -129,11 +136,18 @@ def _scaled(stored: Stored) -> np.ndarray:
 
 
 def from_store(store: Store, id: str) -> LabelMap | None:
-    """The array `labels` of a phantom; None where there is none."""
-    if not store.has_array(id, "labels"):
+    """The array `labels` of a scan; None where there is none."""
+    if not store.has_array(id, ARRAY):
         return None
-    table = store.manifest["extra"].get("phantom", {}).get("labels", {})
-    return LabelMap.of(store.read_array(id, "labels"), read_names(table, f"store {store.path}"))
+    return LabelMap.of(store.read_array(id, ARRAY), names_in(store))
+
+
+def names_in(store: Store) -> dict[int, str]:
+    """What the numbers of the arrays `labels` mean: STORE/labels.json, or the table of a phantom store."""
+    table = store.read_json(NAMES)
+    if table is None:
+        table = store.manifest["extra"].get("phantom", {}).get("labels", {})
+    return read_names(table, f"store {store.path}")
 
 
 def names_of(raw_path: str | os.PathLike) -> dict[int, str]:

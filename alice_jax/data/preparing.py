@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from alice_jax.data import dicom, foreground, geometry, readers, voxels
+from alice_jax.data import dicom, foreground, geometry, label_files, label_maps, readers, voxels
 from alice_jax.data.rejection import Rejected
 from alice_jax.data.scan import Scan
 from alice_jax.data.sources import COMPANIONS, Source
@@ -152,15 +152,16 @@ def _into_store(store: Store, source: Source, known: Mapping[str, str]) -> Outco
     try:
         origin = _origin(source)
         if _is_current(store, source.id, origin):
-            return Outcome(source.path, source.id, kept=True)
+            return _with_labels(store, source, Outcome(source.path, source.id, kept=True))
         others = {sha256: id for sha256, id in known.items() if id != source.id}
         spacing_mm = float(store.manifest["spacing_zyx_mm"][0])
         placed = _place(readers.read(source.path, source.files), spacing_mm)
         twin = others.get(placed.sha256)
         if twin and _is_whole(store, twin):  # before the work
-            return _same_content(store, source, twin, origin)
+            return _with_labels(store, source, _same_content(store, source, twin, origin))
         source = dataclasses.replace(source, id=twin or source.id)
         scan, volume, body = _finish(placed, source.path, spacing_mm)
+        labels = _labels(store, source, scan)  # before anything is written
     except Rejected as reason:
         return Outcome(source.path, reason=reason)
     except MemoryError:
@@ -168,7 +169,27 @@ def _into_store(store: Store, source: Source, known: Mapping[str, str]) -> Outco
     patient = placed.image.patient or source.patient or source.id
     scan = dataclasses.replace(scan, id=source.id, patient=patient, extra=scan.extra | {"source": origin})
     store.write_scan(scan, volume, body)
+    if labels:
+        label_files.write(store, source.id, *labels)
     return Outcome(source.path, source.id)
+
+
+def _labels(store: Store, source: Source, scan: Scan) -> tuple[np.ndarray, list[Any]] | None:
+    """The labels of a source on the grid of its scan, and what tells whether their files have changed."""
+    if not source.labels:
+        return None
+    origin = label_files.origin(source)
+    return label_files.read(source.labels, scan, label_maps.names_in(store)), origin
+
+
+def _with_labels(store: Store, source: Source, outcome: Outcome) -> Outcome:
+    """Adds labels that are new or have changed to a scan that is in the store."""
+    if outcome.id is None or not source.labels or label_files.is_current(store, outcome.id, label_files.origin(source)):
+        return outcome
+    labels = _labels(store, source, store.scan(outcome.id))
+    assert labels
+    label_files.write(store, outcome.id, *labels)
+    return dataclasses.replace(outcome, kept=False)
 
 
 def _origin(source: Source) -> dict[str, Any]:

@@ -22,6 +22,7 @@ REMEDIES = {
     "not a CT intensity range": "CT in Hounsfield units is needed; label maps and other modalities do not belong here",
     "stored with an offset": "subtract the offset (often 1024) or set the rescale intercept, so that air is near -1000",
     "duplicate": "nothing to do: the same voxels are in the store already",
+    "labels": "give labels of exactly this scan, with whole numbers that all have a name",
     "reader crashed": "the file is damaged or needs more memory than there is; try fewer --workers",
 }
 

@@ -23,6 +23,15 @@ GENERIC = ("ct", "image", "img", "imaging", "volume", "vol", "scan", "data", "ct
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelFile:
+    """A label map, or the mask of one organ."""
+
+    path: str
+    code: int = 0  # of the mask's organ; 0: the file has the numbers of all
+    problem: Rejected | None = None  # why it cannot even be read
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """One file, or the DICOM files of one folder."""
 
@@ -30,6 +39,7 @@ class Source:
     id: str = ""  # proposed; `assign_ids` makes it unique
     patient: str = ""  # the folder of a patient, where the layout shows one
     files: tuple[str, ...] = ()  # DICOM
+    labels: tuple[LabelFile, ...] = ()
     problem: Rejected | None = None  # why it cannot even be read
 
 
@@ -39,6 +49,7 @@ class Found:
 
     sources: list[Source] = dataclasses.field(default_factory=list)
     ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # endings of other files
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)  # by file: what it says that labels mean
 
 
 def find(path: str | os.PathLike, skip: str = "") -> Found:
@@ -155,7 +166,7 @@ def _list_entries(path: Path) -> Iterator[Path]:
 
 
 def _add_dataset(folder: Path, found: Found) -> bool:
-    """Adds the images of an nnU-Net or Decathlon data set, not its labels; False if the file describes none."""
+    """Adds the images of an nnU-Net or Decathlon data set, with their labels; False if the file describes none."""
     path = folder / "dataset.json"
     if not path.is_file():  # a pipe would be waited for
         return False
@@ -169,8 +180,9 @@ def _add_dataset(folder: Path, found: Found) -> bool:
         return False
     if not isinstance(dataset, dict) or not dataset.keys() & {"training", "numTraining", "channel_names", "dataset"}:
         return False
+    found.names[str(path)] = dataset.get("labels")
     seen = set()
-    for entry in _listed_images(dataset):
+    for entry, label in _listed(dataset):
         try:
             image = _listed_image(folder, entry)
         except Rejected as problem:
@@ -178,24 +190,40 @@ def _add_dataset(folder: Path, found: Found) -> bool:
             continue
         if image not in seen:
             seen.add(image)
-            found.sources.append(_source(image, image.parent, "", channel_suffix=True))
+            source = _source(image, image.parent, "", channel_suffix=True)
+            found.sources.append(dataclasses.replace(source, labels=_listed_label(folder, label)))
     for name in ("imagesTr", "imagesVal", "imagesTs"):
         images = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
         for image in images:
             if image not in seen and not image.name.startswith(".") and _ending(image.name):
-                found.sources.append(_source(image, image.parent, "", channel_suffix=True))
+                source = _source(image, image.parent, "", channel_suffix=True)
+                if name == "imagesTr" and (folder / "labelsTr").is_dir():
+                    label = folder / "labelsTr" / (without_channel(_stem(image.name)) + _ending(image.name))
+                    source = dataclasses.replace(source, labels=(LabelFile(str(label)),))
+                found.sources.append(source)
     return True
 
 
-def _listed_images(dataset: dict[str, Any]) -> Iterator[Any]:
+def _listed(dataset: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Images and their labels, None where there are none."""
     for key in ("training", "validation", "test"):  # Decathlon and nnU-Net 1: {"image": path, "label": path} or path
         items = dataset.get(key)
         for item in items if isinstance(items, list) else ():
-            yield item.get("image") if isinstance(item, dict) else item
+            yield (item.get("image"), item.get("label")) if isinstance(item, dict) else (item, None)
     cases = dataset.get("dataset")  # nnU-Net 2: {case: {"images": [path, ...], "label": path}}
     for item in cases.values() if isinstance(cases, dict) else ():
         images = item.get("images") if isinstance(item, dict) else None
-        yield from images if isinstance(images, list) else ()
+        for image in images if isinstance(images, list) else ():
+            yield image, item.get("label")
+
+
+def _listed_label(folder: Path, entry: Any) -> tuple[LabelFile, ...]:
+    if entry is None:
+        return ()
+    try:
+        return (LabelFile(str(path_within(folder, str(entry)))),)
+    except Rejected as problem:
+        return (LabelFile(str(entry), problem=problem),)
 
 
 def _listed_image(folder: Path, entry: Any) -> Path:
@@ -232,15 +260,18 @@ def slug(text: str) -> str:
 
 def _source(path: Path, root: Path, patient: str, channel_suffix: bool = False) -> Source:
     """The id comes from the path below the searched folder; a name such as ct.nii.gz takes its folder's."""
-    stem = _stem(path.name)
-    if channel_suffix:
-        stem = re.sub(r"_0000$", "", stem)
+    stem = without_channel(_stem(path.name)) if channel_suffix else _stem(path.name)
     inner = os.path.relpath(path.parent, root)
     parts = [part for part in inner.split(os.sep) if part != "."]
     if stem.casefold() in GENERIC:
         parts = parts or [_folder_name(path.parent)]
         return Source(str(path), id=slug("/".join(parts)), patient=patient)
     return Source(str(path), id=slug("/".join([*parts, stem])), patient=patient)
+
+
+def without_channel(stem: str) -> str:
+    """nnU-Net numbers the channels of an image, CT having one; its labels have no number."""
+    return re.sub(r"_0000$", "", stem)
 
 
 def _relative(folder: Path, root: Path) -> str:

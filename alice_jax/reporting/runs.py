@@ -24,6 +24,7 @@ SHOWN_SCANS, FEWEST_SLOTS = 200, 24  # bars of the coverage
 # Title, which metrics, and how to read them; a metric goes to the first group that takes it.
 GROUPS = (
     ("Losses", r"loss|matching_error|positive_", "Lines: training. Dots: held-out scans."),
+    ("Overlap", r"dice", "Dice of each class over the held-out crops."),
     (
         "Teacher",
         r"teacher_|norm_|variance_|effective_rank_",
