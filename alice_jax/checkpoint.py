@@ -235,7 +235,7 @@ def restore_arrays(
 
     Args:
       step: which checkpoint; the newest intact one by default.
-      parts: fields of the state.
+      parts: fields of the state; "host" is what the host remembered beside it.
 
     Returns:
       (config, {part: arrays}).
@@ -255,7 +255,10 @@ def restore_arrays(
     # Not through the manager, which would expect all processes of a run to take part.
     handler, path = ocp.PyTreeCheckpointHandler(), folder / str(step) / "default"
     metadata = handler.metadata(path).tree
-    wanted = {name: metadata[name] for name in parts}
+    wanted = {name: metadata[name] for name in parts if name != "host"}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-    return config, handler.restore(path, args=arguments)
+    state = handler.restore(path, args=arguments)
+    if "host" in parts:
+        state["host"] = json.loads((path.parent / HOST).read_text()) or {}
+    return config, state

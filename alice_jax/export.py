@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from alice_jax import checkpoint, cli
-from alice_jax.data import phantom
-from alice_jax.data.store import Store
-from alice_jax.data.views import WINDOW_HU
+from alice_jax.contract import Contract
 from alice_jax.errors import UserError
 from alice_jax.interop import nnformer, torch_file
 
-FRAME = "input (batch, 1, z, y, x); axes grow toward Left (x), Posterior (y), Superior (z)"
+INPUT = "(batch, 1, z, y, x), window_hu scaled to 0 to 1"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: name a file in an existing folder")
     torch_file.require_torch()
-    config, state = checkpoint.restore_arrays(args.workdir, args.step)
+    config, state = checkpoint.restore_arrays(args.workdir, args.step, ("step", "params", "extra", "host"))
     if config.get("objective") != "alice":
         raise UserError(f"--workdir {args.workdir}: objective {config.get('objective')!r} has no backbone to export")
     tensors, position = backbone(config, state, args.which)
-    about = description(config, state, args.which, tensors)
+    contract = Contract.from_json(state["host"].get("contract"), f"--workdir {args.workdir}")
+    about = description(config, state, args.which, tensors) | contract.to_json()
     files: dict[Path, Callable[[Path], Any]] = {out: lambda path: torch_file.save(path, tensors)}
     if position is not None:
         file = out.with_name(out.name + ".position_embedding.npy")
@@ -91,23 +90,9 @@ def description(
         "parameters": int(sum(value.size for value in trained)),
         "mode": mode,
         "relative_position_index": "release" if mode == "release" else "correct",
-        "crop_shape_zyx": list(config["views"]["crop_shape_zyx"]),
         "model": {name: model[name] for name in ("width", "depths", "heads", "windows")},
-        "frame": FRAME,
-        "spacing_zyx_mm": spacing_zyx_mm(config),
-        "hu_window_scaled_to_0_1": list(WINDOW_HU),
+        "input": INPUT,
     }
-
-
-def spacing_zyx_mm(config: Mapping[str, Any]) -> list[float] | str:
-    """Of the store that the run was trained on, as far as it can still be read."""
-    store = config["data"]["store"]
-    if not store:  # the built-in cohort
-        return [phantom.SPACING_MM] * 3
-    try:
-        return list(Store.open(store).manifest["spacing_zyx_mm"])
-    except UserError:
-        return f"unknown, since the store {store} can no longer be read"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -71,21 +71,37 @@ def grouped_adamw(
     group_rules: Rules,
     clip: optax.GradientTransformation,
     held_steps: int = 0,
+    rate_rules: Rules = (("", 1.0),),
 ) -> optax.GradientTransformation:
     """Clipping, then AdamW by parameter group.
 
     Args:
-      group_rules: (regex, group) with the groups "decayed", "plain" (no decay), "held" (decayed, but frozen for the
-        first `held_steps` updates) and "frozen".
+      group_rules: (regex, group) with the groups "decayed", "plain" (no decay), "held" and "held plain" (as the former,
+        but frozen for the first `held_steps` updates) and "frozen".
+      rate_rules: (regex, factor on the learning rate).
     """
 
     def decayed(offset: int) -> optax.GradientTransformation:
         return adamw(lambda count: learning_rate(count + offset), lambda count: weight_decay(count + offset))
 
+    def plain(offset: int) -> optax.GradientTransformation:
+        return adamw(lambda count: learning_rate(count + offset), 0.0)
+
     groups = {
         "decayed": decayed(0),
-        "plain": adamw(learning_rate, 0.0),
+        "plain": plain(0),
         "held": held(decayed, held_steps),
+        "held plain": held(plain, held_steps),
         "frozen": optax.set_to_zero(),
     }
-    return optax.chain(clip, optax.partition(groups, lambda params: by_rules(params, group_rules)))
+    adam = optax.partition(groups, lambda params: by_rules(params, group_rules))
+    return optax.chain(clip, adam, scale_by_rules(rate_rules))
+
+
+def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
+    """Multiplies each parameter's update by the factor of its rule."""
+
+    def scale(updates: Tree, params: Tree) -> Tree:
+        return jax.tree.map(lambda update, factor: update * factor, updates, by_rules(updates, rules))
+
+    return optax.stateless(scale)

@@ -32,6 +32,7 @@ from alice_jax import (
     checkpoint,
     cli,
     collapse,
+    contract,
     coverage,
     distributed,
     host,
@@ -46,6 +47,7 @@ from alice_jax.data.copies import Copies
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.metrics import Metrics
+from alice_jax.objectives import Objective
 from alice_jax.preemption import StopSignal
 
 # Fields that may change between two runs of one workdir; with any other the numbers would belong to another run.
@@ -84,6 +86,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         f"{len(task.scans)} scans to train on, {len(task.validation_scans)} held out; {config.batch_size} samples "
         f"a step, in {parts} part(s) on {mesh.size} {jax.default_backend()} device(s)"
     )
+    for note in task.notes:
+        say(note)
 
     # ---- State, made on its devices or restored
     key = jax.random.key(config.seed)
@@ -98,6 +102,9 @@ def run(config: ConfigDict, workdir: str) -> int:
         start, state = 0, init(example)
     else:
         state, counted = checkpoints.restore(start, described)
+        if "contract" in counted:
+            before = contract.Contract.from_json(counted["contract"], f"--workdir {workdir}")
+            contract.check(before, task.contract, f"--workdir {workdir}")
         say(f"resuming at step {start} of {config.steps}")
     if jax.process_index() == 0:
         mined = config.objective == "alice" and config.views.kind == "mined"
@@ -170,7 +177,7 @@ def run(config: ConfigDict, workdir: str) -> int:
             metrics.step(done, scalars)
             last, collapsed = done == config.steps, ""
             if validation and (last or done % config.validate_every == 0):
-                held_out = validated(eval_step, state, validation)
+                held_out = validated(task.objective, eval_step, state, validation)
                 metrics.write(done, held_out)
                 collapsed = collapse.judged(held_out, ranges)
                 if collapsed and config.numerics.collapse != "stop":
@@ -178,7 +185,11 @@ def run(config: ConfigDict, workdir: str) -> int:
                     collapsed = ""
             stopping = stop.agreed()
             if last or stopping or collapsed or done % config.checkpoint_every == 0:
-                counted = {"coverage": used_scans.counted(), "since_logged": metrics.since_logged}
+                counted = {
+                    "coverage": used_scans.counted(),
+                    "since_logged": metrics.since_logged,
+                    "contract": task.contract.to_json(),
+                }
                 checkpoints.save(done, state, counted)
                 if jax.process_index() == 0:
                     coverage.write(workdir, done, counted["coverage"])
@@ -287,11 +298,14 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
     return batches
 
 
-def validated(eval_step: Any, state: train_state.TrainState, batches: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean metrics over the held-out scans, and the spread of their features."""
-    results, features = zip(*(jax.device_get(eval_step(state, batch)) for batch in batches), strict=True)
+def validated(
+    objective: Objective, eval_step: Any, state: train_state.TrainState, batches: list[dict[str, jax.Array]]
+) -> dict[str, float]:
+    """Mean metrics over the held-out scans, the spread of their features, and what the objective judges of all."""
+    results, features, predictions = zip(*(jax.device_get(eval_step(state, batch)) for batch in batches), strict=True)
     means = {name: float(np.mean([r[name] for r in results])) for name in results[0]}
-    return {f"validation/{name}": value for name, value in (means | collapse.spread(features)).items()}
+    judged = objective.judge({name: np.concatenate([p[name] for p in predictions]) for name in predictions[0]})
+    return {f"validation/{name}": value for name, value in (means | collapse.spread(features) | judged).items()}
 
 
 def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:

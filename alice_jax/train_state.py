@@ -91,11 +91,12 @@ def make_partial_steps(objective: Objective, key: jax.Array, parts: int) -> tupl
 
 def make_eval_step(
     objective: Objective, key: jax.Array
-) -> Callable[[TrainState, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
-    """Losses and features of a batch, without any noise and without any change of the state."""
+) -> Callable[[TrainState, Batch], tuple[dict[str, jax.Array], ...]]:
+    """Losses, features and predictions of a batch, without any noise and without any change of the state."""
 
     def eval_step(state: TrainState, batch: Batch):
         loss, (_, metrics) = objective.loss(state.params, state.extra, batch, key, state.step, False)
-        return metrics | {"loss": loss}, objective.features(state.params, state.extra, batch)
+        of_batch = (state.params, state.extra, batch)
+        return metrics | {"loss": loss}, objective.features(*of_batch), objective.predict(*of_batch)
 
     return eval_step

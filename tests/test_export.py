@@ -11,10 +11,13 @@ import pytest
 from random_weights import random_weights
 
 from alice_jax import checkpoint, export, tasks, train_state
+from alice_jax.contract import Contract
+from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEP = 7
+CONTRACT = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), (32, 48, 32))
 
 
 def small_config(mode: str):
@@ -38,7 +41,8 @@ def run(request, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp(request.param))
     checkpoint.write_config(workdir, config.to_dict())
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(STEP, train_state.TrainState(jnp.array(STEP), params, extra, opt_state={}))
+        state = train_state.TrainState(jnp.array(STEP), params, extra, opt_state={})
+        checkpoints.save(STEP, state, {"contract": CONTRACT.to_json()})
     return workdir, alice, params, extra
 
 
@@ -51,7 +55,8 @@ def test_torch_computes_the_same(run, which, tmp_path, capsys):
     out = tmp_path / "backbone.pth"
     assert export.main(["--workdir", workdir, "--format", "torch", "--out", str(out), "--which", which]) == 0
     about = json.loads((tmp_path / "backbone.pth.json").read_text())
-    assert about["step"] == STEP and about["network"] == which and about["hu_window_scaled_to_0_1"] == [-125, 225]
+    assert about["step"] == STEP and about["network"] == which and about["window_hu"] == [-125, 225]
+    assert about["crop_shape_zyx"] == [32, 48, 32] and about["spacing_zyx_mm"] == [2, 2, 2]
     assert "z, y, x" in about["frame"] and "z, y, x" in capsys.readouterr().out
 
     model = alice.backbone

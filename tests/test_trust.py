@@ -19,7 +19,7 @@ from alice_jax.data import point_files, sources
 from alice_jax.data.preparing import prepare_source
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from alice_jax.interop import embedder
+from alice_jax.interop import torch_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_weights_from_pytorch_are_plain_tensors(tmp_path, trap, form):
     with pytest.raises(
         UserError, match=r"weights.pth: not a PyTorch file of plain tensors \(\w+\); save a state dict$"
     ):
-        embedder.read_torch_file(str(path))
+        torch_file.load(str(path))
 
 
 def test_no_file_among_the_scans_is_run(tmp_path, trap):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from alice_jax.data import geometry
 from alice_jax.data.embeddings import Embedding
 from alice_jax.data.partner_map import partner_map
 from alice_jax.data.splines import SplineField, random_field
@@ -104,7 +105,7 @@ def draw_view(
     low, high = np.log(distortion.scale)
     zoom = np.exp((rng.uniform(low, high) + rng.uniform(low, high, 3)) / 2)
     angles = np.deg2rad(distortion.rotation_degrees) * rng.uniform(-1, 1, 3)
-    matrix = _rotation(angles) @ np.diag(voxel_vox / zoom)
+    matrix = geometry.rotation(angles) @ np.diag(voxel_vox / zoom)
     bends = []
     for size_mm, length_mm in (
         (distortion.bend_mm, distortion.bend_spacing_mm),
@@ -115,18 +116,6 @@ def draw_view(
             bends.append(random_field(rng, (-0.5,) * 3, np.array(shape_zyx) - 0.5, knots, components=3))
             bends[-1].coefficients[...] *= size_mm / spacing_mm
     return View(shape_zyx, np.asarray(centre_zyx_vox, float), matrix, tuple(bends))
-
-
-def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Rotation about the z, then y, then x axis."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        a, b = [i for i in range(3) if i != axis]
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
-        matrix = turn @ matrix
-    return matrix
 
 
 @dataclasses.dataclass(frozen=True)

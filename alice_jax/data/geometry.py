@@ -51,6 +51,18 @@ def original_to_world(points_ijk, affine_ras) -> np.ndarray:
     return np.asarray(points_ijk, float) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
 
 
+def rotation(angles: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation of (z, y, x) coordinates about the z, then y, then x axis by angles (3,) in radians."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = [i for i in range(3) if i != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
 # -------------------------------------------------------------------- from a file's axes to the store's
 
 

@@ -1,7 +1,7 @@
 """Organ labels of a scan on its stored grid.
 
 They come from FOLDER/<scan id>/labels.nii.gz, which may have any grid and orientation in the scan's world, or from the
-array `labels` of a phantom store.
+array `labels` of a store (docs/prepare.md).
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from alice_jax.data.scan import Scan
 from alice_jax.data.store import Store
 from alice_jax.data.voxels import Stored
 from alice_jax.errors import UserError
+
+ARRAY, NAMES = "labels", "labels.json"  # in a store: of each scan, and what their numbers mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +131,18 @@ def _scaled(stored: Stored) -> np.ndarray:
 
 
 def from_store(store: Store, id: str) -> LabelMap | None:
-    """The array `labels` of a phantom; None where there is none."""
-    if not store.has_array(id, "labels"):
+    """The array `labels` of a scan; None where there is none."""
+    if not store.has_array(id, ARRAY):
         return None
-    table = store.manifest["extra"].get("phantom", {}).get("labels", {})
-    return LabelMap.of(store.read_array(id, "labels"), read_names(table, f"store {store.path}"))
+    return LabelMap.of(store.read_array(id, ARRAY), names_in(store))
+
+
+def names_in(store: Store) -> dict[int, str]:
+    """What the numbers of the arrays `labels` mean: STORE/labels.json, or the table of a phantom store."""
+    table = store.read_json(NAMES)
+    if table is None:
+        table = store.manifest["extra"].get("phantom", {}).get("labels", {})
+    return read_names(table, f"store {store.path}")
 
 
 def names_of(raw_path: str | os.PathLike) -> dict[int, str]:

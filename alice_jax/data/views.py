@@ -21,13 +21,13 @@ DRAWS = 3  # of a whole sample at most, where weak pairs are drawn again
 WEAK = ("keep", "down-weight", "redraw")
 
 
-def windowed(volume_hu: np.ndarray) -> np.ndarray:
-    """HU clipped to [−125, 225] and scaled to [0, 1] as float32, so that padding with air is 0.
+def windowed(volume_hu: np.ndarray, window_hu: tuple[float, float] = WINDOW_HU) -> np.ndarray:
+    """HU clipped to [−125, 225], or another window, and scaled to [0, 1] as float32, so that padding with air is 0.
 
     >>> windowed(np.array([-1024, 50, 900], np.int16)).tolist()
     [0.0, 0.5, 1.0]
     """
-    low, high = WINDOW_HU
+    low, high = window_hu
     return ((np.clip(volume_hu, low, high) - low) / (high - low)).astype(np.float32)
 
 

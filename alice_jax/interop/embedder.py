@@ -111,30 +111,9 @@ def inflate_imagenet(state: Mapping[str, np.ndarray], variables: Mapping[str, An
 
 def load(path: str, network: Embedder) -> dict[str, Any]:
     """Start values from a .pth file: a SAM checkpoint, or a 2-D ResNet-18 to inflate. Needs the `torch` extra."""
-    state = read_torch_file(path)
+    state = torch_file.load(path)
     if any(name.startswith("read_out_head.") for name in state):
         names = [name for name in state if name.startswith(("backbone.", "neck.", "read_out_head."))]
         return from_torch({name: state[name] for name in names})
     variables = network.init(jax.random.key(0), jnp.zeros((1, 16, 32, 32, 1)))
     return inflate_imagenet(state, jax.tree.map(np.asarray, variables))
-
-
-def read_torch_file(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a .pth file by name; only plain tensors are read, no code is run."""
-    torch_file.require_torch()
-    import torch
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-        arrays = {name: value.numpy() for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except OSError as error:
-        raise UserError(f"weights file {path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # torch raises many kinds for a bad file, and advises to run the code in it
-        kind = type(error).__name__
-        raise UserError(
-            f"weights file {path}: not a PyTorch file of plain tensors ({kind}); save a state dict"
-        ) from error
-    if not arrays:
-        raise UserError(f"weights file {path}: holds no tensors; give a state dict")
-    return arrays

@@ -22,3 +22,24 @@ def save(path: Path, state: Mapping[str, np.ndarray]) -> None:
     import torch
 
     torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, path)
+
+
+def load(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a .pth file by name; only plain tensors are read, no code is run."""
+    require_torch()
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+        arrays = {name: value.numpy() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    except OSError as error:
+        raise UserError(f"weights file {path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # torch raises many kinds for a bad file, and advises to run the code in it
+        kind = type(error).__name__
+        raise UserError(
+            f"weights file {path}: not a PyTorch file of plain tensors ({kind}); save a state dict"
+        ) from error
+    if not arrays:
+        raise UserError(f"weights file {path}: holds no tensors; give a state dict")
+    return arrays

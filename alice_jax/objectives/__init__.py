@@ -1,10 +1,11 @@
 """What a run optimises. An objective is a record of pure functions; `alice_jax.train` runs any of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 Tree = Any
@@ -28,6 +29,8 @@ class Objective:
       optimizer: from gradients to updates.
       schedules: scalars that are functions of the step alone, for the log.
       features: `(params, extra, batch) -> {name: (rows, channels)}`, vectors that would be alike after a collapse.
+      predict: `(params, extra, batch) -> {name: (rows, ...)}`, what `judge` needs of held-out samples.
+      judge: `{name: (all rows, ...)} -> metrics`, on the host: what is no mean over batches.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Tree, Tree]]
@@ -36,3 +39,5 @@ class Objective:
     optimizer: optax.GradientTransformation
     schedules: dict[str, Callable[[jax.Array], jax.Array]]
     features: Callable[[Tree, Tree, Batch], dict[str, jax.Array]] = lambda params, extra, batch: {}
+    predict: Callable[[Tree, Tree, Batch], dict[str, jax.Array]] = lambda params, extra, batch: {}
+    judge: Callable[[Mapping[str, np.ndarray]], dict[str, float]] = lambda predictions: {}

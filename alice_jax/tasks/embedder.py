@@ -17,7 +17,7 @@ from alice_jax.errors import UserError
 from alice_jax.interop import embedder as embedder_weights
 from alice_jax.models.embedder import Embedder, strides_zyx
 from alice_jax.objectives import embedder
-from alice_jax.tasks.task import Task, compute_dtype, split
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
 
 
 def network_of(model: Mapping[str, Any], dtype: Any) -> Embedder:
@@ -134,4 +134,5 @@ def task(config: ConfigDict, store: Store) -> Task:
         scans=scans,
         validation_sampler=sampler(validation_scans),
         validation_scans=validation_scans,
+        contract=contract_of(store, views.window_hu, [views.reduce * size for size in views.shape_zyx]),
     )

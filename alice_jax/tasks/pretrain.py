@@ -10,10 +10,10 @@ from alice_jax import schedules
 from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.partners import read_patients
 from alice_jax.data.store import Store
-from alice_jax.data.views import WEAK, PairSampler
+from alice_jax.data.views import WEAK, WINDOW_HU, PairSampler
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective, alice
-from alice_jax.tasks.task import Task, compute_dtype, split
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
 
 
 def networks(config: ConfigDict) -> alice.Alice:
@@ -187,4 +187,5 @@ def task(config: ConfigDict, store: Store) -> Task:
         scans=scans,
         validation_sampler=sampler(validation_scans),
         validation_scans=validation_scans,
+        contract=contract_of(store, WINDOW_HU, crop),
     )

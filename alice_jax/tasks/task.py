@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alice_jax.contract import Contract
 from alice_jax.data.pipeline import Sampler
+from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective
 
@@ -21,7 +23,9 @@ class Task:
       sampler: the host side, over `scans`.
       scans: the training scans.
       validation_sampler, validation_scans: the same over the scans held out.
+      contract: how the scans were prepared, for whoever uses the weights.
       volumes_per_sample: crops that a sample carries, for the throughput.
+      notes: lines for the user.
     """
 
     objective: Objective
@@ -29,7 +33,19 @@ class Task:
     scans: tuple[str, ...]
     validation_sampler: Sampler
     validation_scans: tuple[str, ...]
+    contract: Contract
     volumes_per_sample: int = 2
+    notes: tuple[str, ...] = ()
+
+
+def contract_of(
+    store: Store, window_hu: Sequence[float], crop_shape_zyx: Sequence[int], classes: Sequence[str] = ()
+) -> Contract:
+    """What a network learns from crops of a store."""
+    low, high = window_hu
+    z, y, x = crop_shape_zyx
+    sz, sy, sx = store.manifest["spacing_zyx_mm"]
+    return Contract(store.manifest["frame"], (sz, sy, sx), (low, high), (z, y, x), tuple(classes))
 
 
 def split(
