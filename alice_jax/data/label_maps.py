@@ -106,23 +106,33 @@ def at_the_edge(array: np.ndarray) -> set[int]:
 
 
 def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> LabelMap:
-    """A label file on the grid of its stored scan: each stored voxel takes the nearest label."""
+    """A label file on the grid of its stored scan."""
+    codes, affine_ras = read_codes(path)
+    stored = on_stored_grid(codes, affine_ras, scan)
+    if not stored.any():
+        raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
+    return LabelMap.of(stored, names, at_the_edge(codes))
+
+
+def read_codes(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """The whole numbers (i, j, k) of a label file, uint16, and its affine (4, 4) to RAS millimetres."""
     try:
         image = readers.read(path, convert=_scaled)
     except Rejected as reason:
         raise UserError(f"{path}: {reason}") from reason
-    values = image.hu_ijk
     with np.errstate(invalid="ignore"):
-        codes = values.astype(np.uint16)
-    if not np.array_equal(codes, values):  # NaN too
+        codes = image.hu_ijk.astype(np.uint16)
+    if not np.array_equal(codes, image.hu_ijk):  # NaN too
         raise UserError(f"{path}: is no label map; give whole numbers from 0 to 65535, one for each organ")
-    matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ image.affine_ras) @ scan.affine_lps)[:3]
-    stored = ndimage.affine_transform(
-        codes, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
+    return codes, image.affine_ras
+
+
+def on_stored_grid(codes_ijk: np.ndarray, affine_ras: np.ndarray, scan: Scan) -> np.ndarray:
+    """(z, y, x): each stored voxel takes the nearest label, and 0 where the labels do not reach."""
+    matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ affine_ras) @ scan.affine_lps)[:3]
+    return ndimage.affine_transform(
+        codes_ijk, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
     )
-    if not stored.any():
-        raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
-    return LabelMap.of(stored, names, at_the_edge(codes))
 
 
 def _scaled(stored: Stored) -> np.ndarray:
