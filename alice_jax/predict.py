@@ -1,9 +1,9 @@
 """Labels scans with a trained network: `python -m alice_jax.predict --workdir RUN --input FILES --out DIR`.
 
 RUN is the folder of a segmentation run (`alice_jax.train --config=configs/segment.py`). Scans are any that
-`alice_jax.prepare` reads; each is turned, resampled and windowed as the run's scans were. DIR gets a NIfTI file for each,
-on the voxels of the scan's own file, and labels.json with the names. Scans that DIR has are skipped, so running the
-command again continues where it stopped. Many tasks may share the work: give each its --task-index of --task-count.
+`alice_jax.prepare` reads; each is turned, resampled and windowed as the run's scans were. DIR gets a NIfTI file for
+each, on the voxels of the scan's own file, and labels.json with the names. Scans that DIR has are skipped, so running
+the command again continues where it stopped. Many tasks may share the work: give each its --task-index of --task-count.
 """
 
 import argparse

@@ -28,7 +28,9 @@ def draw(
         cut = planes.whole(labels.shape, plane, point, spacing_zyx_mm)
         grey, codes = planes.tone(cut.of(volume_hu)), cut.of(labels)
         sheet.show(0, column, grey, cut)
-        shown = np.where(codes[..., None] > 0, OPACITY * colors[codes] + (1 - OPACITY) * grey[..., None], grey[..., None])
+        shown = np.where(
+            codes[..., None] > 0, OPACITY * colors[codes] + (1 - OPACITY) * grey[..., None], grey[..., None]
+        )
         sheet.show(0, column + 3, shown, cut)
     sheet.heading(0, 0, title, bold=True)
     _legend(sheet, {classes[code]: colors[code] for code in np.unique(labels[labelled])[:MOST_NAMES]})
