@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alice_jax import cli, host
+from alice_jax import checkpoint, cli, host
 from alice_jax.contract import Contract
 from alice_jax.data import geometry, label_maps, nifti, preparing, sources
 from alice_jax.data.rejection import Rejected
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         contract.crop_shape_zyx,
         contract.window_hu,
         overlap=args.overlap,
-        mirror=["zyx".index(axis) for axis in args.mirror],
+        mirror=_mirrored_axes(args.workdir) if args.mirror else (),
         batch=args.batch or (1 if jax.default_backend() == "cpu" else 8),
     )
     began, failed = time.perf_counter(), []
     for source in (bar := tqdm(todo, "Predicting", unit="scan", file=sys.stderr, disable=not todo)):
         try:
             predict(source, sliding, contract, _path(out, source), args.overlay)
-        except Rejected as reason:
+        except (Rejected, MemoryError) as reason:
             failed.append(f"{source.path}: {reason}")
             bar.write(failed[-1], file=sys.stderr)
         except OSError as error:
@@ -106,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path(out: Path, source: Source) -> Path:
     return out / f"{source.id}.nii.gz"
+
+
+def _mirrored_axes(workdir: str) -> Sequence[int]:
+    """Those along which the run's crops were mirrored: along another, a left kidney would look like a right one."""
+    axes = (checkpoint.read_config(workdir) or {})["augmentation"]["flip_axes"]
+    if not axes:
+        raise UserError("--mirror: this run never saw mirrored crops (augmentation.flip_axes is empty); leave it out")
+    return axes
 
 
 def _write_names(out: Path, contract: Contract) -> None:
@@ -131,10 +139,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the labels")
     parser.add_argument("--step", type=int, help="checkpoint to use; the newest by default")
     parser.add_argument("--overlay", action="store_true", help="also a PNG of each scan with its labels")
-    parser.add_argument(
-        "--mirror", nargs="?", const="zyx", default="", metavar="AXES",
-        help="also look at windows mirrored along these axes and average: 2, 4 or 8 times the work (AXES: zyx)",
-    )  # fmt: skip
+    parser.add_argument("--mirror", action="store_true", help="average over mirrored windows, if trained with such")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of a side that windows share (default: 0.5)")
     parser.add_argument("--batch", type=int, default=0, help="windows a device computes at once (default: 1 or 8)")
     parser.add_argument("--overwrite", action="store_true", help="label again what is done")
@@ -143,8 +148,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.check_task(args)
     if not 0 <= args.overlap < 1:
         raise UserError(f"--overlap {args.overlap}: give a share of a window's side from 0 to below 1")
-    if set(args.mirror) - set("zyx"):
-        raise UserError(f"--mirror {args.mirror}: give some of the axes z, y and x, for example zy")
     if args.batch < 0:
         raise UserError(f"--batch {args.batch}: give a whole number of 1 or more")
     return args
