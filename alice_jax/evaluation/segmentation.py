@@ -96,14 +96,14 @@ def compare(truth: Labels, predicted: Labels, case: str, judged: Sequence[str], 
     if (apart := np.abs(affine_ras - other_affine).max()) > SAME_MM:
         raise UserError(f"{files}: lie {apart:.3g} mm apart in the world; predict on the file that was labelled")
     if judged:
-        pairs = [(name, *(_number(labels, name) for labels in (truth, predicted))) for name in judged]
+        pairs = [(name, _number(truth, name), _number(predicted, name)) for name in judged]
     else:
         numbers = sorted({*np.unique(true_codes).tolist(), *np.unique(codes).tolist()} - {0})
         pairs = [(f"label {number}", number, number) for number in numbers]
     rows = []
     for name, true_code, code in pairs:
         true_mask, mask = true_codes == true_code, codes == code
-        scores = score(true_mask, mask, geometry.spacing_xyz(affine_ras), tolerance_mm)
+        scores = score(true_mask, mask, geometry.spacing_xyz(affine_ras).tolist(), tolerance_mm)
         rows.append(Row(case, name, int(true_mask.sum()), int(mask.sum()), scores))
     return rows
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(averages.report(f"{folders[flag]}: mean and {averages.CONFIDENCE:.0%} interval over cases", table))
         print(_empty(rows) + "\n")
     if args.against:
-        tables["differences"] = table = averages.differences(*found.values(), args.seed)
+        tables["differences"] = table = averages.differences(found["--predictions"], found["--against"], args.seed)
         title = f"{args.predictions} minus {args.against}, the same cases: mean and {averages.CONFIDENCE:.0%} interval"
         print(averages.report(title, table, signed=True))
     if args.out:

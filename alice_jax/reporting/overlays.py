@@ -40,7 +40,7 @@ def draw(
 def _legend(sheet: planes.Sheet, colors: Mapping[str, np.ndarray]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=color, label=name) for name, color in colors.items()]
+    handles = [Patch(color=tuple(color), label=name) for name, color in colors.items()]
     sheet.axes.legend(
         handles=handles, loc="upper right", ncols=7, fontsize=7, frameon=False, labelcolor=figures.ON_SCREEN
     )
@@ -50,5 +50,6 @@ def palette(count: int) -> np.ndarray:
     """(count, 3) colours from 0 to 1, background black; they come again after twenty."""
     from matplotlib import colormaps
 
-    strong_then_pale = np.array(colormaps["tab20"].colors).reshape(10, 2, 3).swapaxes(0, 1).reshape(20, 3)
+    pairs = colormaps["tab20"](np.arange(20))[:, :3].reshape(10, 2, 3)
+    strong_then_pale = pairs.swapaxes(0, 1).reshape(20, 3)
     return np.concatenate([np.zeros((1, 3)), strong_then_pale[np.arange(count - 1) % 20]])
