@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from step import alone, main_memory_gib, measured
+from step import alone, conditions, main_memory_gib, measured
 
 from alice_jax import cli, host
 from alice_jax.data import geometry
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['peak_gib']:10.1f}"
         )
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"conditions": alone(conditions, "float32"), "rows": rows}, indent=1) + "\n")
     return 0
 
 
