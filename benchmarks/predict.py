@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['peak_gib']:10.1f}"
         )
     if args.json:
-        Path(args.json).write_text(json.dumps({"conditions": alone(conditions, "float32"), "rows": rows}, indent=1) + "\n")
+        numbers = {"conditions": alone(conditions, "float32"), "rows": rows}
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
     return 0
 
 
