@@ -15,6 +15,7 @@ ONLY_IN = {
     "SimpleITK": {"alice_jax/data/dicom.py"},
     "tensorstore": {"alice_jax/data/files.py", "alice_jax/data/store.py"},
     "orbax": {"alice_jax/checkpoint.py"},
+    "surface_distance": {"alice_jax/evaluation/surfaces.py"},
     "tensorboardX": {"alice_jax/metrics.py"},
 }
 

@@ -106,15 +106,12 @@ def at_the_edge(array: np.ndarray) -> set[int]:
 
 
 def from_file(path: str | os.PathLike, scan: Scan, names: Mapping[int, str]) -> LabelMap:
-    """A label file on the grid of its stored scan: each stored voxel takes the nearest label."""
+    """A label file on the grid of its stored scan."""
     try:
         image = read_codes(path)
     except Rejected as reason:
         raise UserError(f"{path}: {reason}") from reason
-    matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ image.affine_ras) @ scan.affine_lps)[:3]
-    stored = ndimage.affine_transform(
-        image.hu_ijk, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
-    )
+    stored = on_stored_grid(image.hu_ijk, image.affine_ras, scan)
     if not stored.any():
         raise UserError(f"{path}: labels nothing inside scan {scan.id}; is it of another scan or frame?")
     return LabelMap.of(stored, names, at_the_edge(image.hu_ijk))
@@ -128,6 +125,14 @@ def read_codes(path: str | os.PathLike) -> readers.Image:
     if not np.array_equal(codes, image.hu_ijk):  # NaN too
         raise Rejected("labels", "it is no label map of whole numbers from 0 to 65535, one for each organ")
     return dataclasses.replace(image, hu_ijk=codes)
+
+
+def on_stored_grid(codes_ijk: np.ndarray, affine_ras: np.ndarray, scan: Scan) -> np.ndarray:
+    """(z, y, x): each stored voxel takes the nearest label, and 0 where the labels do not reach."""
+    matrix = (np.linalg.inv(geometry.RAS_FROM_LPS @ affine_ras) @ scan.affine_lps)[:3]
+    return ndimage.affine_transform(
+        codes_ijk, matrix[:, 2::-1], matrix[:, 3], scan.shape_zyx, order=0, mode="grid-constant", cval=0
+    )
 
 
 def _scaled(stored: Stored) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""NIfTI-1 and NIfTI-2 files through nibabel, which reads the header alone: it would believe extensions of any size."""
+"""NIfTI-1 and NIfTI-2 files through nibabel.
+
+Of a file it reads the header alone, since it would believe extensions of any size.
+"""
 
 from pathlib import Path
 
@@ -43,6 +46,18 @@ def read_header(path: Path) -> Stored:
         1.0 if slope is None else slope,
         0.0 if intercept is None else intercept,
     )
+
+
+def write(path: Path, array_ijk: np.ndarray, affine_ras: np.ndarray) -> None:
+    """Writes a .nii.gz or .nii file, in one piece; the affine is (i, j, k, 1) -> RAS millimetres."""
+    image = nib.Nifti1Image(array_ijk, affine_ras)
+    image.header.set_xyzt_units("mm")
+    partial = path.with_name(f".partial.{path.name}")
+    try:
+        nib.save(image, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _place(path: Path, skip: int = 0) -> Place:
