@@ -30,6 +30,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_parts = "all"  # encoder and decoder; or "encoder"
     config.which = "teacher"  # of the two networks of a pretraining run; or "student"
 
+    config.mesh = ConfigDict()  # docs/scaling.md
+    config.mesh.parameters = 1  # devices that share one copy of parameters and optimizer state
+    config.mesh.rules = (("", 65_536),)  # (regex, None or "parameters" for each axis, or values from which to divide)
+
     config.numerics = ConfigDict()  # docs/faults.md
     config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
     config.numerics.collapse = "ignore"  # nothing agrees with itself here
