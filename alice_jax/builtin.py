@@ -1,6 +1,7 @@
 """The built-in cohort: phantom patients, an embedder trained on them and their embeddings, made once in a cache.
 
     CACHE/store/               patients to pretrain on, with embeddings
+    CACHE/study/               patients of `alice_jax.study` alone: unlabelled ones with embeddings, and labelled ones
     CACHE/unseen/              patients that nothing is trained on, with embeddings, for judging matches
     CACHE/embedder-RECIPE/     the workdir of the embedder; RECIPE names its configuration and the format of embeddings
     CACHE/matching-RECIPE.json its errors on the unseen patients, beside those of the relative-position baseline
@@ -26,6 +27,7 @@ from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
 PATIENTS, UNSEEN = range(24), range(1000, 1006)
+STUDY = {"unlabelled": range(3000, 3024), "labelled": range(4000, 4022)}  # nothing was tuned on them
 POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
 
@@ -86,6 +88,18 @@ def embedder(train: Callable[[ConfigDict, str], int]) -> str:
     """The workdir of the embedder of the cohort, after making what is missing."""
     embedded_patients(train)
     return _workdir()
+
+
+def study_stores(train: Callable[[ConfigDict, str], int]) -> tuple[str, str]:
+    """Paths of a labelled store and of an embedded one, of patients that serve for nothing else."""
+    from alice_jax import embed
+
+    trained = embed.restore(embedder(train))
+    for name, patients in STUDY.items():
+        store = phantom.write_cohort(os.path.join(root(), "study", name), patients)
+        if name == "unlabelled":
+            embed.embed_store(store, trained)
+    return tuple(os.path.join(root(), "study", name) for name in ("labelled", "unlabelled"))  # type: ignore[return-value]
 
 
 def matching_summary() -> str:

@@ -1,0 +1,281 @@
+"""Does pretraining help? The same few labelled scans, learnt from pretrained weights and from nothing.
+
+    python -m alice_jax.study --workdir runs/study                                      # all of it on built-in patients
+    python -m alice_jax.study --workdir runs/study --store LABELLED --pretrained alice=runs/alice mine=weights.pth
+
+For each number of labelled scans and each seed, every arm is trained by the same recipe, for the same steps, on the
+same scans, and judged on the patients that the recipe holds out (Dice of whole scans by sliding windows). Arms are
+"scratch", each --pretrained one, and the same with the loaded weights frozen. Without --pretrained a ladder is
+pretrained first, for equal steps on --unlabelled: reconstruction alone, with the contrast of random crops, of mined
+crops, with CASA.
+
+Everything that is done stays done: the same command goes on where it stopped.
+
+    WORKDIR/pretraining/ARM/           runs of alice_jax.train    WORKDIR/study.csv    Dice of each run, case and class
+    WORKDIR/ARM/SUBSET/seed-N/         likewise, and dice.json    WORKDIR/study.json   means, differences, intervals
+                                                                  WORKDIR/study.png    the same as curves
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from alice_jax import builtin, cli, host, train
+from alice_jax.data import label_maps
+from alice_jax.data.segmentation_views import read_labels
+from alice_jax.data.store import Store
+from alice_jax.errors import UserError
+from alice_jax.evaluation.averages import interval
+from alice_jax.inference.sliding import Sliding
+from alice_jax.reporting import study_curves
+from alice_jax.tasks import segment
+
+SCRATCH, FROZEN = "scratch", "frozen"
+# What each rung of the ladder has in place of its recipe's own settings. The hypothesis: none is worse than the last.
+LADDER: dict[str, dict[str, Any]] = {
+    "reconstruction": {"loss.invariance": 0.0, "loss.alignment": 0.0, "views.kind": "random"},
+    "random-crops": {"loss.alignment": 0.0, "views.kind": "random"},
+    "mined-crops": {"loss.alignment": 0.0},
+    "casa": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to begin: from nothing, or from weights that may be frozen."""
+
+    name: str
+    init_from: str = ""
+    frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """How many labelled scans are learnt from: a number of them, or a share."""
+
+    name: str
+    fields: Mapping[str, Any]
+
+    @staticmethod
+    def all_of(shots: Sequence[int], fractions: Sequence[float]) -> list["Subset"]:
+        by_number = [Subset(f"{n}-shot", {"data.shots": n}) for n in shots]
+        return by_number + [Subset(f"{share:.0%}", {"data.fraction": share}) for share in fractions]
+
+
+def recipe(name: str, fields: Mapping[str, Any]) -> ConfigDict:
+    """A configuration file such as "configs/segment.py:tiny" with some fields set."""
+    path, _, variant = name.partition(":")
+    try:
+        config = runpy.run_path(path)["get_config"](variant)
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(fields))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}; name a configuration such as configs/segment.py:tiny") from None
+    return config
+
+
+def trained(config: ConfigDict, workdir: Path) -> None:
+    """Runs the training loop to its end, or not at all if it has ended before."""
+    if code := train.run(config, str(workdir)):
+        sys.exit(code)
+
+
+def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[Arm]:
+    """The ladder's arms, after pretraining what is missing."""
+    arms = []
+    for rung, fields in LADDER.items():
+        folder = workdir / "pretraining" / rung
+        say(f"pretraining: {rung}")
+        trained(recipe(name, fields | {"data.store": store} | ({"steps": steps} if steps else {})), folder)
+        arms.append(Arm(rung, str(folder)))
+    return arms
+
+
+def dice_of_run(config: ConfigDict, workdir: Path, store: Store) -> dict[str, dict[str, float]]:
+    """{case: {class: Dice}} of a finished run on the scans that it held out; classes that a case lacks are left out."""
+    network, params, contract = segment.load(str(workdir))
+    names = label_maps.names_in(store)
+    codes = segment.classes_of(config.data.classes, store, names)
+
+    def logits(params: Any, windows: Any) -> Any:
+        return network.apply({"params": params}, windows, method="segment")[0]
+
+    sliding = Sliding(logits, params, contract.crop_shape_zyx, contract.window_hu, batch=8)
+    cases: dict[str, dict[str, float]] = {}
+    for id in segment.divided(config, store)[1]:
+        truth = read_labels(store, id, names)
+        found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
+        cases[id] = {}
+        for number, (code, name) in enumerate(codes.items(), 1):
+            true, predicted = truth == code, found == number
+            if true.any():
+                cases[id][name] = float(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))
+    return cases
+
+
+def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Trains and judges one arm on one subset with one seed, unless that was done before."""
+    folder = Path(args.workdir, f"{arm.name}-{FROZEN}" if arm.frozen else arm.name, subset.name, f"seed-{seed}")
+    done = folder / "dice.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    fields = {"seed": seed, "data.subset_seed": seed, "data.store": args.store, "init_from": arm.init_from}
+    fields |= {"optimizer.freeze": "100 %"} if arm.frozen else {}
+    fields |= {"data.validation_fraction": args.held_out, **subset.fields} | (
+        {"steps": args.steps} if args.steps else {}
+    )
+    config = recipe(args.recipe, fields)
+    trained(config, folder)
+    found = dice_of_run(config, folder, Store.open(args.store))
+    partial = folder / "dice.json.partial"
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    os.replace(partial, done)
+    return found
+
+
+# -------------------------------------------------------------------- what comes of it
+
+
+def by_case(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """The mean over classes and seeds of each case, so that cases are what intervals are over.
+
+    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}}, {"a": {"liver": 0.5, "spleen": 0.0}}])
+    {'a': 0.5}
+    """
+    return {case: float(np.mean([np.mean(list(run[case].values())) for run in runs])) for case in runs[0]}
+
+
+def summarised(values: Sequence[float]) -> dict[str, float]:
+    """Mean and the ends of its 95 % bootstrap interval."""
+    low, high = interval(values, seed=0)
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def compared(results: Mapping[tuple[str, str], Mapping[str, float]]) -> list[dict[str, Any]]:
+    """A row for each (arm, subset): its Dice, and how much more than scratch in the same cases."""
+    rows = []
+    for (arm, subset), cases in results.items():
+        scratch = results[SCRATCH, subset]
+        more = [value - scratch[case] for case, value in cases.items()]
+        row = {"arm": arm, "subset": subset, "cases": len(cases), "dice": summarised(list(cases.values()))}
+        rows.append(row if arm == SCRATCH else row | {"more_than_scratch": summarised(more)})
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each arm and subset, as people read it."""
+    lines = [f"{'':<24}{'labels':>10}{'Dice':>8}{'95 % interval':>18}{'more than scratch':>20}{'95 % interval':>18}"]
+    for row in rows:
+        dice, more = row["dice"], row.get("more_than_scratch")
+        line = f"{row['arm']:<24}{row['subset']:>10}{dice['mean']:>8.3f}{_ends(dice, '.3f'):>18}"
+        lines.append(line + (f"{more['mean']:>+20.3f}{_ends(more, '+.3f'):>18}" if more else ""))
+    return "\n".join(lines)
+
+
+def _ends(numbers: Mapping[str, float], form: str) -> str:
+    return f"{numbers['low']:{form}} to {numbers['high']:{form}}"
+
+
+def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, Mapping[str, float]]]]) -> None:
+    """A line for each arm, subset, seed, case and class."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "subset", "seed", "case", "class", "dice"])
+        for (arm, subset), seeds in runs.items():
+            for seed, cases in enumerate(seeds):
+                writer.writerows(
+                    [arm, subset, seed, case, name, f"{dice:.6g}"]
+                    for case, classes in cases.items()
+                    for name, dice in classes.items()
+                )
+
+
+# -------------------------------------------------------------------- the command
+
+
+def arms_of(args: argparse.Namespace) -> Iterator[Arm]:
+    """Scratch, then each pretrained one, as it is and frozen."""
+    yield Arm(SCRATCH)
+    given = [Arm(*text.split("=", 1)) for text in args.pretrained]
+    arms = given or pretrained_ladder(args.pretraining, args.unlabelled, args.pretraining_steps, Path(args.workdir))
+    yield from arms
+    if args.probes:
+        yield from (dataclasses.replace(arm, frozen=True) for arm in arms)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    args = _parse(argv)
+    host.settle()
+    if not (args.store and (args.pretrained or args.unlabelled)):
+        labelled, unlabelled = builtin.study_stores(train.run)
+        args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
+    arms, subsets = list(arms_of(args)), Subset.all_of(args.shots, args.fractions)
+    runs: dict[tuple[str, str], list[dict[str, dict[str, float]]]] = {}
+    began, count, total = time.perf_counter(), 0, len(arms) * len(subsets) * args.seeds
+    for arm in arms:
+        for subset in subsets:
+            name = f"{arm.name}, {FROZEN}" if arm.frozen else arm.name
+            for seed in range(args.seeds):
+                runs.setdefault((name, subset.name), []).append(run(arm, subset, seed, args))
+                count += 1
+                left = (time.perf_counter() - began) / count * (total - count)
+                say(f"{count} of {total} runs done, about {left / 60:.0f} min left: {name}, {subset.name}, seed {seed}")
+    rows = compared({key: by_case(seeds) for key, seeds in runs.items()})
+    folder = Path(args.workdir)
+    write_csv(folder / "study.csv", runs)
+    (folder / "study.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1), encoding="utf-8")
+    (folder / "study.png").write_bytes(study_curves.draw(rows))
+    print(table(rows))
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m alice_jax.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything is kept")
+    parser.add_argument("--store", metavar="DIR", help="with labels (default: built-in patients)")
+    parser.add_argument("--recipe", default="configs/segment.py:tiny", help="of the fine-tuning (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="of the fine-tuning (default: the recipe's)")
+    parser.add_argument("--shots", type=int, nargs="*", default=[1, 5, 10], help="labelled scans (default: 1 5 10)")
+    parser.add_argument("--fractions", type=float, nargs="*", default=[], help="or shares of them")
+    parser.add_argument("--held-out", type=float, default=0.5, help="share of the patients to judge by (default: 0.5)")
+    parser.add_argument("--seeds", type=int, default=3, help="of subsets and trainings (default: 3)")
+    parser.add_argument("--no-probes", dest="probes", action="store_false", help="without frozen weights")
+    parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=PATH", help="runs or exported weights")
+    parser.add_argument("--unlabelled", metavar="DIR", help="store to pretrain the ladder on (default: built-in)")
+    parser.add_argument(
+        "--pretraining", default="configs/pretrain.py:tiny", help="of the ladder (default: %(default)s)"
+    )
+    parser.add_argument("--pretraining-steps", type=int, default=0, help="of each rung (default: the recipe's)")
+    args = parser.parse_args(argv)
+    for text in args.pretrained:
+        name, _, path = text.partition("=")
+        if not (name.replace("-", "").isalnum() and path) or name == SCRATCH:
+            raise UserError(f"--pretrained {text}: give NAME=PATH, such as alice=runs/alice")
+    for flag in ("seeds", "steps", "pretraining_steps"):
+        if getattr(args, flag) < (flag == "seeds"):
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number above 0")
+    if not (args.shots or args.fractions):
+        raise UserError("--shots: give numbers of labelled scans, or --fractions")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(main)
