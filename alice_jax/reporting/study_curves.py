@@ -4,7 +4,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 DPI = 130
@@ -15,7 +14,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     plain = [arm for arm in arms if not arm.endswith("frozen")]
-    colours = dict(zip(plain, matplotlib.colormaps["tab10"].colors, strict=False))
+    colours = {arm: f"C{number}" for number, arm in enumerate(plain)}
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2),
