@@ -119,6 +119,34 @@ def test_gradients_reach_every_parameter(weights, volume):
         assert np.isfinite(leaf).all() and np.any(leaf), jax.tree_util.keystr(path)
 
 
+def test_segment_gives_logits_of_every_decoder_stage_and_gradients_reach_all(volume):
+    model = SMALL.clone(out_channels=3, deep_supervision=True, mask_tokens=False)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), volume, method="segment"))
+    weights = random_weights(shapes)
+
+    @jax.jit
+    def outputs(weights):
+        return model.apply(weights, volume, method="segment")
+
+    @jax.jit
+    @jax.grad
+    def gradient(weights):
+        return sum(jnp.sum(jnp.sin(level)) for level in outputs(weights))
+
+    logits = outputs(weights)
+    assert [(level.shape, level.dtype) for level in logits] == [
+        ((1, side, side, side, 3), jnp.float32) for side in (16, 8, 4)
+    ]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(weights)):
+        assert np.isfinite(leaf).all() and np.any(leaf), jax.tree_util.keystr(path)
+    # The first is what the same weights reconstruct with; without deep supervision it is the only one.
+    plain = model.clone(deep_supervision=False)
+    backbone = {"params": {k: v for k, v in weights["params"].items() if not k.startswith("level_head")}}
+    (alone,) = jax.jit(lambda weights: plain.apply(weights, volume, method="segment"))(backbone)
+    np.testing.assert_array_equal(alone, logits[0])
+    np.testing.assert_array_equal(alone, jax.jit(plain.apply)(backbone, volume).reconstruction)
+
+
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less(weights, volume):
     """Stage 0 of three, in encoder and decoder, with blocks dropped at random: the draws must be the same again.
 

@@ -2,7 +2,7 @@
 
     volume (b, d, h, w, 1)
       -> patch embedding -> encoder stage 0 .. 3, each followed by its own norm = the skips
-      skip 3 -> decoder stage 2 (with skip 2) -> decoder tokens -> stages 1, 0 -> expand -> reconstruction
+      skip 3 -> decoder stage 2 (with skip 2) -> decoder tokens -> stages 1, 0 -> expand -> reconstruction, or logits
 
 Stage i works on the grid `crop / patch / 2**i` with `width * 2**i` channels; decoder stages carry the number of the
 encoder stage whose grid they share and run from coarse to fine. Arrays are channels-last.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alice_jax.errors import UserError
-from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Mlp, gelu
+from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
 
 Triple = tuple[int, int, int]
@@ -187,7 +187,7 @@ class NNFormer(nn.Module):
     """The backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
 
     `encode`, `decode_tokens` and `decode_voxels` are its three parts, so that a caller pays only for what it uses;
-    calling it runs all three.
+    calling it runs all three. `segment` runs them too and, with `deep_supervision`, has logits of every decoder stage.
 
     With `mask_tokens` (paper mode) the tokens of hidden cells become one learned token after the patch embedding.
     [A]'s figure 2 shows visible tokens only to the encoder, but windows need the whole grid: a departure. Without
@@ -213,6 +213,7 @@ class NNFormer(nn.Module):
     mask_tokens: bool = True
     remat: tuple[int, ...] = ()
     out_channels: int = 1
+    deep_supervision: bool = False
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -239,6 +240,8 @@ class NNFormer(nn.Module):
         self.downsample = [Downsample(self.dtype) for _ in stages[:-1]]
         self.decoder = [stage(DecoderStage, i, decoder_rates[i]) for i in stages[:-1]]
         self.expand = Expand(self.out_channels, self.patch_zyx, self.dtype)
+        if self.deep_supervision:
+            self.level_head = [Linear(self.out_channels, start="uniform", dtype=self.dtype) for _ in stages[:-1]]
 
     def encode(
         self,
@@ -276,10 +279,29 @@ class NNFormer(nn.Module):
 
     def decode_voxels(self, skips: tuple[jax.Array, ...], decoder_tokens: jax.Array, train: bool = False) -> jax.Array:
         """The other decoder stages: decoder tokens -> voxels (b, d, h, w, out_channels) float32."""
-        x = decoder_tokens
+        return self.expand(self._decoder_levels(skips, decoder_tokens, train)[0]).astype(jnp.float32)
+
+    def segment(self, volume: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+        """volume (b, d, h, w, c) -> logits (b, d, h, w, out_channels) float32.
+
+        With `deep_supervision` those of each decoder stage follow, finest first, each from a 1x1x1 head on its grid
+        crop / patch / 2**i.
+        """
+        skips = self.encode(volume, train=train)
+        levels = self._decoder_levels(skips, self.decode_tokens(skips, train), train)
+        logits = [self.expand(levels[0])]
+        if self.deep_supervision:
+            logits += [head(level) for head, level in zip(self.level_head, levels, strict=True)]
+        return tuple(x.astype(jnp.float32) for x in logits)
+
+    def _decoder_levels(
+        self, skips: tuple[jax.Array, ...], decoder_tokens: jax.Array, train: bool
+    ) -> tuple[jax.Array, ...]:
+        """What every decoder stage gives, finest first; the last are the decoder tokens."""
+        levels = [decoder_tokens]
         for i in reversed(range(len(self.decoder) - 1)):
-            x = self.decoder[i](x, skips[i], train)
-        return self.expand(x).astype(jnp.float32)
+            levels.insert(0, self.decoder[i](levels[0], skips[i], train))
+        return tuple(levels)
 
     def __call__(
         self,
