@@ -89,20 +89,22 @@ def description(
 ) -> dict[str, Any]:
     """What a user of the weights must know."""
     arrays = {id(value): value for name, value in tensors.items() if not nnformer.BUFFER.fullmatch(name)}
-    mode = config["method"]["mode"]
-    return {
+    mode, name = config["method"]["mode"], backbones.name_of(config["model"])
+    about = {
         "network": which,
         "step": int(state["step"]),
         "tensors": len(tensors),
         "parameters": int(sum(value.size for value in arrays.values())),
         "mode": mode,
-        "relative_position_index": "release" if mode == "release" else "correct",
         "crop_shape_zyx": list(config["views"]["crop_shape_zyx"]),
-        "model": {"backbone": backbones.name_of(config["model"])} | backbones.sizes_of(config["model"]),
+        "model": {"backbone": name} | backbones.sizes_of(config["model"]),
         "frame": FRAME,
         "spacing_zyx_mm": spacing_zyx_mm(config),
         "hu_window_scaled_to_0_1": list(WINDOW_HU),
     }
+    if name == "nnformer":
+        about["relative_position_index"] = "release" if mode == "release" else "correct"
+    return about
 
 
 def spacing_zyx_mm(config: Mapping[str, Any]) -> list[float] | str:

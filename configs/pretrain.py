@@ -70,10 +70,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.heads = (6, 12, 24, 48)
     config.model.windows = (4, 4, 8, 4)
     config.model.drop_path = 0.2
-    config.model.resenc = (
-        ConfigDict()
-    )  # nnU-Net's stages for crops of 64; for 128 one more, of 320 channels and 6 blocks
-    config.model.resenc.features = (32, 64, 128, 256, 320)
+    config.model.resenc = ConfigDict()
+    config.model.resenc.features = (32, 64, 128, 256, 320)  # for crops of 64; for 128 one more stage: 320, 6
     config.model.resenc.blocks = (1, 3, 4, 6, 6)
     config.model.primus = ConfigDict()  # size S; B is 792, 12, 12, M 864, 16, 12 and L 1056, 24, 16
     config.model.primus.width = 396

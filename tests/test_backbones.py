@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from random_weights import random_weights
 
-from alice_jax import checkpoint, export, tasks, train_state
+from alice_jax import checkpoint, export, tasks, train, train_state
 from alice_jax.errors import UserError
 from alice_jax.interop import embedder, primus, resenc
 from alice_jax.models.nnformer import NNFormer
@@ -195,11 +195,27 @@ def test_mask_cells_are_the_encoders_tokens():
     assert {name: tasks.pretrain.check(tiny_config(name))[1][0] for name in SMALL} == CELLS
 
 
-def test_runs_of_older_versions_are_nnformers():
+@pytest.mark.parametrize("name", SMALL)
+def test_release_mode_wires_all(name):
+    config = tiny_config(name)
+    config.method.mode = "release"
+    crop, grid = tasks.pretrain.check(config)
+    alice = tasks.pretrain.networks(config)
+    batch = {"volumes": jnp.zeros((2, 2, *crop, 1)), "hidden": jnp.zeros((2, 2, *grid), bool)}
+    params, extra = jax.eval_shape(alice.init, jax.random.key(0), batch)
+    run = jax.eval_shape(lambda *trees: alice.forward(*trees, batch, jax.random.key(0), True), params, extra)
+    assert run.reconstruction.shape == (4, *crop, 1) and "mask_token" not in params["backbone"]
+
+
+def test_runs_of_older_versions_are_nnformers(tmp_path):
     model = tiny_config("nnformer").model.to_dict()
     older = {field: value for field, value in model.items() if field not in ("backbone", "resenc", "primus", "remat")}
     assert tasks.backbones.make(older) == tasks.backbones.make(model)
     assert isinstance(tasks.backbones.make(older), NNFormer)
+    checkpoint.write_config(str(tmp_path), tiny_config("nnformer").to_dict() | {"model": older})
+    train.claim(str(tmp_path), tiny_config("nnformer"))
+    with pytest.raises(UserError, match=r"model\.backbone nnformer there and resenc here"):
+        train.claim(str(tmp_path), tiny_config("resenc"))
 
 
 def test_an_unknown_backbone_is_one_clear_line():
