@@ -1,9 +1,9 @@
 """Exports a pretrained backbone: `python -m alice_jax.export --workdir DIR --format torch --out backbone.pth`.
 
 The file is a PyTorch state dict with the authors' names, so `net.load_state_dict(torch.load("backbone.pth"))` fills
-their nnFormer. What the numbers mean (frame, spacing, intensities, mode) is printed and written beside it as JSON. A
-backbone of release mode was trained with a fixed random position embedding, which their state dict has no place for:
-it goes into a third file.
+their nnFormer, or nnU-Net's class if the backbone is one of its own (docs/backbones.md). What the numbers mean (frame,
+spacing, intensities, mode) is printed and written beside it as JSON. A backbone of release mode was trained with a
+fixed random position embedding, which their state dict has no place for: it goes into a third file.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import numpy as np
 from alice_jax import checkpoint, cli
 from alice_jax.contract import Contract
 from alice_jax.errors import UserError
-from alice_jax.interop import nnformer, torch_file
+from alice_jax.interop import names, nnformer, primus, resenc, torch_file
+from alice_jax.tasks import backbones
 
 INPUT = "(batch, 1, z, y, x), window_hu scaled to 0 to 1"
 
@@ -70,7 +71,12 @@ def backbone(
     """The state dict of one network, and its position embedding (1, tokens, width) in release mode."""
     release = config["method"]["mode"] == "release"
     networks = state["params"] if which == "student" else state["extra"]["teacher"]
-    tensors = nnformer.to_torch(networks["backbone"], "release" if release else "correct")
+    to_torch: dict[str, Callable[[Mapping[str, Any]], names.State]] = {
+        "nnformer": lambda params: nnformer.to_torch(params, "release" if release else "correct"),
+        "resenc": resenc.to_torch,
+        "primus": primus.to_torch,
+    }
+    tensors = to_torch[backbones.name_of(config["model"])](networks["backbone"])
     if not release:
         return tensors, None
     table = np.asarray(state["extra"]["position"][which])
@@ -81,18 +87,20 @@ def description(
     config: Mapping[str, Any], state: Mapping[str, Any], which: str, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """What a user of the weights must know."""
-    trained = [value for name, value in tensors.items() if not nnformer.BUFFER.fullmatch(name)]
-    model, mode = config["model"], config["method"]["mode"]
-    return {
+    arrays = {id(value): value for name, value in tensors.items() if not nnformer.BUFFER.fullmatch(name)}
+    mode, name = config["method"]["mode"], backbones.name_of(config["model"])
+    about = {
         "network": which,
         "step": int(state["step"]),
         "tensors": len(tensors),
-        "parameters": int(sum(value.size for value in trained)),
+        "parameters": int(sum(value.size for value in arrays.values())),
         "mode": mode,
-        "relative_position_index": "release" if mode == "release" else "correct",
-        "model": {name: model[name] for name in ("width", "depths", "heads", "windows")},
+        "model": {"backbone": name} | backbones.sizes_of(config["model"]),
         "input": INPUT,
     }
+    if name == "nnformer":
+        about["relative_position_index"] = "release" if mode == "release" else "correct"
+    return about
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

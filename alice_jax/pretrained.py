@@ -1,9 +1,10 @@
 """Weights of one network as the start of another: what fits by name and shape is taken, and all is accounted for."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ import numpy as np
 from alice_jax import checkpoint
 from alice_jax.contract import Contract
 from alice_jax.errors import UserError
-from alice_jax.interop import names, nnformer, torch_file
+from alice_jax.interop import names, nnformer, primus, resenc, torch_file
 
 LEAST_SHARE = 0.9  # of the wanted values; with less it is another network
 WHICH = ("teacher", "student")
 Values = dict[str, np.ndarray]
+# Reconstructing networks with a mask token, from the names of the authors' and of nnU-Net's classes.
+FROM_TORCH: dict[str, Callable[[names.State], Mapping[str, Any]]] = {
+    "nnformer": functools.partial(nnformer.from_torch, mask_token=True),
+    "resenc": resenc.from_torch,
+    "primus": functools.partial(primus.from_torch, mask_token=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +77,11 @@ def _of_file(path: Path) -> Pretrained:
     tensors = torch_file.load(str(path))
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))
-        index = about["relative_position_index"]
+        kind, index = about["model"].get("backbone", "nnformer"), about.get("relative_position_index", "correct")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{what}: {sidecar.name}, which says how to use it, cannot be read ({error!r}); "
                         "export the weights again") from None  # fmt: skip
-    values = _named(nnformer.from_torch(tensors, mask_token=True))
+    values = _named(FROM_TORCH[kind](tensors))
     return Pretrained(values, Contract.from_json(about, what), index, what)
 
 

@@ -261,7 +261,11 @@ def claim(workdir: str, config: ConfigDict) -> None:
     """Writes the configuration into a new workdir; refuses one that holds another run."""
     mine = flat(json.loads(json.dumps(config.to_dict())))  # with lists for tuples, as it is read back
     theirs = flat(checkpoint.read_config(workdir) or {})
-    differing = [name for name in mine if theirs and mine[name] != theirs.get(name) and name not in MAY_CHANGE]
+    if theirs:
+        theirs = {"model.backbone": "nnformer"} | theirs  # runs of older versions name none
+    unused = tuple(f"model.{name}." for name in tasks.backbones.KINDS if name != mine.get("model.backbone"))
+    checked = [name for name in mine if name not in MAY_CHANGE and not name.startswith(unused)]
+    differing = [name for name in checked if theirs and mine[name] != theirs.get(name)]
     if differing:
         changes = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in differing[:3])
         raise UserError(f"--workdir {workdir}: holds a run with other settings ({changes}); name another folder")

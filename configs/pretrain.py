@@ -7,6 +7,8 @@
 `configs/pretrain.py:release` computes what the authors' code does, with the settings of its README.
 `configs/pretrain.py:tiny` fits two CPU cores: the built-in cohort in about two minutes.
 
+`model.backbone` chooses the network (docs/backbones.md): nnformer, the authors', resenc or primus.
+
 With no `data.store` the built-in cohort is used. Durations are "N steps", "N epochs", "N %" of the run, or the
 shortest of several, separated by commas.
 """
@@ -66,11 +68,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config.views.mask_ratio = 0.75
 
     config.model = ConfigDict()
-    config.model.width = 48
+    config.model.backbone = "nnformer"  # or "resenc", or "primus"
+    config.model.width = 48  # of nnformer, as are depths, heads, windows and drop_path
     config.model.depths = (2, 2, 2, 2)
     config.model.heads = (6, 12, 24, 48)
     config.model.windows = (4, 4, 8, 4)
     config.model.drop_path = 0.2
+    config.model.resenc = ConfigDict()
+    config.model.resenc.features = (32, 64, 128, 256, 320)  # for crops of 64; for 128 one more stage: 320, 6
+    config.model.resenc.blocks = (1, 3, 4, 6, 6)
+    config.model.primus = ConfigDict()  # size S; B is 792, 12, 12, M 864, 16, 12 and L 1056, 24, 16
+    config.model.primus.width = 396
+    config.model.primus.depth = 12
+    config.model.primus.heads = 6
+    config.model.primus.drop_path = 0.2
     config.model.remat = ()  # stages computed again for gradients, such as (0,): an accelerator's memory for time
     config.model.head_hidden = 2048
     config.model.bottleneck = 256
@@ -119,6 +130,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.views.crop_shape_zyx = (32, 32, 32)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
+        config.model.resenc.features = (8, 16, 32, 64)
+        config.model.resenc.blocks = (1, 1, 2, 2)
+        config.model.primus.update(width=96, depth=4, heads=4)
         config.model.head_hidden = 256
         config.model.bottleneck = 64
         config.model.casa_inner = 256

@@ -67,11 +67,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augmentation.flip_axes = ()  # 0 (z), 1 (y), 2 (x); any of them makes left organs look like right ones
 
     config.model = ConfigDict()
-    config.model.width = 48
+    config.model.backbone = "nnformer"  # or "resenc", or "primus"
+    config.model.width = 48  # of nnformer, as are depths, heads, windows and drop_path
     config.model.depths = (2, 2, 2, 2)
     config.model.heads = (6, 12, 24, 48)
     config.model.windows = (4, 4, 8, 4)
     config.model.drop_path = 0.2
+    config.model.resenc = ConfigDict()
+    config.model.resenc.features = (32, 64, 128, 256, 320)  # for crops of 64; for 128 one more stage: 320, 6
+    config.model.resenc.blocks = (1, 3, 4, 6, 6)
+    config.model.primus = ConfigDict()  # size S; B is 792, 12, 12, M 864, 16, 12 and L 1056, 24, 16
+    config.model.primus.width = 396
+    config.model.primus.depth = 12
+    config.model.primus.heads = 6
+    config.model.primus.drop_path = 0.2
     config.model.position_index = "correct"  # or "release", for weights of that mode
     config.model.remat = ()
     config.model.deep_supervision = True
@@ -102,5 +111,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.views.crop_shape_zyx = (32, 32, 32)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
+        config.model.resenc.features = (8, 16, 32, 64)
+        config.model.resenc.blocks = (1, 1, 2, 2)
+        config.model.primus.update(width=96, depth=4, heads=4)
         config.optimizer.lr = 2e-3
     return config.lock()

@@ -58,7 +58,9 @@ def test_casa_has_all_names_in_order():
 
 @pytest.mark.parametrize("layout", names.LAYOUTS)
 def test_layouts_undo_each_other(layout):
-    shapes = {"same": (2,), "linear": (2, 3), "column": (2, 1), "token": (1, 1, 4)}
+    shapes = {"same": (2,), "linear": (2, 3), "column": (2, 1), "token": (1, 1, 4), "table": (1, 4, 3)} | {
+        "point": (2, 3, 1, 1, 1)
+    }
     value = np.random.default_rng(0).random(shapes.get(layout, (2, 3, 4, 5, 6)))
     ours, theirs = names.LAYOUTS[layout]
     np.testing.assert_array_equal(theirs(ours(value)), value)

@@ -23,9 +23,11 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "same": (np.asarray, np.asarray),
     "linear": (np.transpose, np.transpose),  # (out, in) <-> (in, out)
     "conv": (lambda w: w.transpose(2, 3, 4, 1, 0), lambda w: w.transpose(4, 3, 0, 1, 2)),  # (out, in, d, h, w)
+    "point": (lambda w: w[:, :, 0, 0, 0].T, lambda w: w.T[:, :, None, None, None]),  # (out, in, 1, 1, 1) <-> (in, out)
     "expand": (lambda w: w.transpose(0, 2, 3, 4, 1), lambda w: w.transpose(0, 4, 1, 2, 3)),  # (in, out, d, h, w)
     "column": (lambda w: w[:, 0], lambda w: w[:, None]),  # (n, 1) <-> (n,)
     "token": (lambda w: w[0, 0], lambda w: w[None, None]),  # (1, 1, n) <-> (n,)
+    "table": (lambda w: w[0], lambda w: w[None]),  # (1, n, c) <-> (n, c)
 }
 
 
@@ -42,7 +44,7 @@ def linear(torch: str, flax: str, bias: bool = True) -> list[Rule]:
 
 
 def norm(torch: str, flax: str) -> list[Rule]:
-    """The rules of a LayerNorm."""
+    """The rules of a LayerNorm or an instance norm."""
     return [Rule(f"{torch}.weight", f"{flax}/scale", "same"), Rule(f"{torch}.bias", f"{flax}/bias", "same")]
 
 

@@ -17,11 +17,12 @@ def require_torch() -> None:
 
 
 def save(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict that `torch.load(path)` gives back as tensors."""
+    """Writes a state dict that `torch.load(path)` gives back as tensors; an array of several names is written once."""
     require_torch()
     import torch
 
-    torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, path)
+    tensors = {id(value): torch.from_numpy(np.array(value)) for value in state.values()}
+    torch.save({name: tensors[id(value)] for name, value in state.items()}, path)
 
 
 def load(path: str) -> dict[str, np.ndarray]:

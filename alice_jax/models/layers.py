@@ -1,7 +1,8 @@
 """The few layers in which PyTorch's conventions (starting values, padding, exact GELU) differ from Flax's.
 
 Parameters are float32 whatever the compute type. `start` names how a layer starts: `"uniform"` is PyTorch's
-default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, `"normal"` is N(0, 0.02) with zero biases.
+default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, `"normal"` is N(0, 0.02) and `"he"` is He's normal
+for leaky ReLUs of slope 0.01 (nnU-Net's), both with zero biases; a number is another deviation for `"normal"`.
 """
 
 import functools
@@ -25,13 +26,13 @@ def uniform(limit: float) -> Init:
     return draw
 
 
-def starting_values(start: str, fan_in: int) -> tuple[Init, Init]:
+def starting_values(start: str | float, fan_in: int) -> tuple[Init, Init]:
     """The initialisers of a layer's kernel and bias."""
-    if start == "normal":
-        return nn.initializers.normal(0.02), nn.initializers.zeros
     if start == "uniform":
         return uniform(fan_in**-0.5), uniform(fan_in**-0.5)
-    raise ValueError(f"start {start!r}: choose 'normal' or 'uniform'")
+    if isinstance(start, str):
+        start = {"normal": 0.02, "he": (2 / (1 + 0.01**2) / fan_in) ** 0.5}[start]
+    return nn.initializers.normal(start), nn.initializers.zeros
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -118,12 +119,29 @@ def _product_gradient(saved, gradient):
 product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_gradient)
 
 
+class InstanceNorm(nn.Module):
+    """Each channel of each sample normalised over its voxels, then scaled and moved: (b, d, h, w, c), in float32."""
+
+    epsilon: float = 1e-5
+    start: Init = nn.initializers.ones  # of the scale
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", self.start, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - x.mean((1, 2, 3), keepdims=True)
+        inverse = jax.lax.rsqrt((centred * centred).mean((1, 2, 3), keepdims=True) + self.epsilon)
+        return (centred * (inverse * scale) + bias).astype(self.dtype)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` over the last axis: (..., in) -> (..., features)."""
 
     features: int
     use_bias: bool = True
-    start: str = "normal"
+    start: str | float = "normal"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -147,13 +165,14 @@ class Conv3(nn.Module):
     features: int
     strides: tuple[int, int, int] = (1, 1, 1)
     dtype: Any = jnp.float32
+    start: str = "uniform"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, d, h, w, channels = x.shape
-        limit = uniform((27 * channels) ** -0.5)
-        kernel = self.param("kernel", limit, (3, 3, 3, channels, self.features), jnp.float32)
-        bias = self.param("bias", limit, (self.features,), jnp.float32)
+        kernel_init, bias_init = starting_values(self.start, 27 * channels)
+        kernel = self.param("kernel", kernel_init, (3, 3, 3, channels, self.features), jnp.float32)
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
         planes = jnp.concatenate([x[:, tap : tap + d : self.strides[0]] for tap in range(3)], axis=-1)
         y = jax.lax.conv_general_dilated(
@@ -175,14 +194,15 @@ class Expand(nn.Module):
     features: int
     kernel: tuple[int, int, int]
     dtype: Any = jnp.float32
+    start: str = "uniform"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, d, h, w, channels = x.shape
         kd, kh, kw = self.kernel
-        limit = uniform((self.features * kd * kh * kw) ** -0.5)
-        kernel = self.param("kernel", limit, (channels, kd, kh, kw, self.features), jnp.float32)
-        bias = self.param("bias", limit, (self.features,), jnp.float32)
+        kernel_init, bias_init = starting_values(self.start, self.features * kd * kh * kw)  # PyTorch's fan-in
+        kernel = self.param("kernel", kernel_init, (channels, kd, kh, kw, self.features), jnp.float32)
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         y = product(x.astype(self.dtype), kernel.astype(self.dtype).reshape(channels, -1))
         y = y.reshape(b, d, h, w, kd, kh, kw, self.features).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return add_bias(y.reshape(b, d * kd, h * kh, w * kw, self.features), bias)

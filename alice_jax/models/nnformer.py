@@ -11,16 +11,14 @@ encoder stage whose grid they share and run from coarse to fine. Arrays are chan
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alice_jax.errors import UserError
+from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
 from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
-
-Triple = tuple[int, int, int]
 
 
 class PatchEmbed(nn.Module):
@@ -173,18 +171,8 @@ class DecoderStage(nn.Module):
         return x
 
 
-@flax.struct.dataclass
-class Features:
-    """What the backbone gives for a crop; c = 8 * width for four stages."""
-
-    cls: jax.Array  # (b, c) float32: mean over the encoder tokens
-    encoder_tokens: jax.Array  # (b, d, h, w, c)
-    decoder_tokens: jax.Array  # (b, 2d, 2h, 2w, c/2)
-    reconstruction: jax.Array  # (b, crop depth, crop height, crop width, channels)
-
-
-class NNFormer(nn.Module):
-    """The backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
+class NNFormer(Backbone):
+    """The authors' backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
 
     `encode`, `decode_tokens` and `decode_voxels` are its three parts, so that a caller pays only for what it uses;
     calling it runs all three. `segment` runs them too and, with `deep_supervision`, has logits of every decoder stage.
@@ -223,13 +211,12 @@ class NNFormer(nn.Module):
         if not len(self.depths) == len(self.heads) == len(self.windows):
             raise UserError(f"depths {self.depths}, heads {self.heads}, windows {self.windows}: give one per stage")
         stages = range(len(self.depths))
-        if not set(self.remat) <= set(stages):
-            raise UserError(f"remat {self.remat}: give numbers of stages, from 0 to {len(self.depths) - 1}")
+        check_remat(self.remat, len(stages))
         encoder_rates = spread(self.drop_path, self.depths)
         decoder_rates = spread(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
         self.patch_embed = PatchEmbed(self.width, self.stem_strides, self.dtype)
-        if self.mask_tokens:
-            self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
+        start = nn.initializers.normal(0.02)
+        self.mask_token = self.param("mask_token", start, (self.width,), jnp.float32) if self.mask_tokens else None
 
         def stage(kind: type[EncoderStage] | type[DecoderStage], i: int, rates: tuple[float, ...]) -> nn.Module:
             sizes = (self.heads[i], self.windows[i], self.mlp_ratio)
@@ -243,6 +230,19 @@ class NNFormer(nn.Module):
         if self.deep_supervision:
             self.level_head = [Linear(self.out_channels, start="uniform", dtype=self.dtype) for _ in stages[:-1]]
 
+    @property
+    def token_stride_zyx(self) -> Triple:
+        d, h, w = (p * 2 ** (len(self.depths) - 1) for p in self.patch_zyx)
+        return d, h, w
+
+    @property
+    def encoder_channels(self) -> int:
+        return self.width * 2 ** (len(self.depths) - 1)
+
+    @property
+    def decoder_channels(self) -> int:
+        return self.encoder_channels // 2
+
     def encode(
         self,
         volume: jax.Array,
@@ -255,20 +255,8 @@ class NNFormer(nn.Module):
         hidden (b, gd, gh, gw), True = hidden, lies on any grid that divides the token grid.
         position_embedding (1, token grid, width) is added to the tokens (release mode's fixed random table).
         """
-        factors = [p * 2 ** (len(self.depths) - 1) for p in self.patch_zyx]
-        if any(n % f for n, f in zip(volume.shape[1:4], factors, strict=True)):
-            raise UserError(f"crop shape {volume.shape[1:4]}: each side must be a multiple of {tuple(factors)}")
-        if hidden is not None:
-            hidden = hidden.astype(bool)
-            # `where`, not a product: NaN times zero is NaN
-            volume = jnp.where(spread_cells(hidden, volume.shape[1:4])[..., None], 0.0, volume)
-        x = self.patch_embed(volume)
-        if hidden is not None and self.mask_tokens:
-            # In float32, since the token's gradient is a sum over all hidden cells.
-            x = jnp.where(spread_cells(hidden, x.shape[1:4])[..., None], self.mask_token, x.astype(jnp.float32))
-            x = x.astype(self.dtype)
-        if position_embedding is not None:
-            x = x + position_embedding.astype(x.dtype)
+        x = self.patch_embed(without_hidden(volume, hidden, self.token_stride_zyx))
+        x = with_marks(x, hidden, self.mask_token, position_embedding)
         skips = []
         for i, stage in enumerate(self.encoder):
             x = stage(x if i == 0 else self.downsample[i - 1](x), train)
@@ -305,24 +293,6 @@ class NNFormer(nn.Module):
             levels.insert(0, self.decoder[i](levels[0], skips[i], train))
         return tuple(levels)
 
-    def __call__(
-        self,
-        volume: jax.Array,
-        hidden: jax.Array | None = None,
-        position_embedding: jax.Array | None = None,
-        train: bool = False,
-    ) -> Features:
-        """All three parts at once; arguments as in `encode`."""
-        skips = self.encode(volume, hidden, position_embedding, train)
-        decoder_tokens = self.decode_tokens(skips, train)
-        voxels = self.decode_voxels(skips, decoder_tokens, train)
-        return Features(mean_token(skips[-1]), skips[-1], decoder_tokens, voxels)
-
-
-def mean_token(tokens: jax.Array) -> jax.Array:
-    """The `cls` feature: (b, d, h, w, c) -> (b, c) float32."""
-    return jnp.mean(tokens.astype(jnp.float32), axis=(1, 2, 3))
-
 
 def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
     """Drop rates that grow linearly from 0 to `rate` over all blocks, stage by stage.
@@ -333,12 +303,3 @@ def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
     rates = [round(float(r), 9) for r in np.linspace(0.0, rate, sum(depths))]
     ends = np.cumsum(depths).tolist()
     return [tuple(rates[end - depth : end]) for end, depth in zip(ends, depths, strict=True)]
-
-
-def spread_cells(cells: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """Repeats each cell over its part of a finer grid: (b, gd, gh, gw) -> (b, d, h, w)."""
-    if any(n % g for n, g in zip(grid, cells.shape[1:], strict=True)):
-        raise UserError(f"hidden cells {cells.shape[1:]}: each side must divide the grid {grid}")
-    for axis, size in enumerate(grid, start=1):
-        cells = jnp.repeat(cells, size // cells.shape[axis], axis=axis)
-    return cells

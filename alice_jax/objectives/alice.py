@@ -15,9 +15,9 @@ import optax
 
 from alice_jax import losses, optimizer
 from alice_jax.data.masks import hidden_count
+from alice_jax.models.backbone import Backbone, mean_token
 from alice_jax.models.casa import CASA
 from alice_jax.models.heads import Head, shared_last
-from alice_jax.models.nnformer import NNFormer, mean_token
 from alice_jax.objectives import Batch, Objective
 
 Tree = Any
@@ -130,7 +130,7 @@ class Alice:
     """
 
     mode: Mode
-    backbone: NNFormer
+    backbone: Backbone
     head: Head
     casa: CASA
     weights: Weights
@@ -144,9 +144,8 @@ class Alice:
         """Random parameters, a teacher that starts as the student's copy, and centers at zero."""
         volumes = jnp.zeros_like(batch["volumes"][:1, 0])
         backbone = self.backbone.init(stream(key, "backbone"), volumes)["params"]
-        skips = jax.eval_shape(lambda: self.backbone.apply({"params": backbone}, volumes, method="encode"))
-        encoder = jnp.zeros((1, 1, skips[-1].shape[-1]))
-        decoder = jnp.zeros((1, 1, skips[-1].shape[-1] // 2))
+        encoder = jnp.zeros((1, 1, self.backbone.encoder_channels))
+        decoder = jnp.zeros((1, 1, self.backbone.decoder_channels))
         head = self.head.init(stream(key, "head"), encoder[:, 0], encoder, decoder)["params"]
         token = jnp.zeros((1, 1, self.casa.width))
         casa = self.casa.init(stream(key, "casa"), token, token)["params"]
@@ -157,7 +156,8 @@ class Alice:
             "center_tokens": jnp.zeros((self.head.token_prototypes,)),
         }
         if self.mode.position_embedding:
-            shape = (1, *skips[0].shape[1:])
+            skips = jax.eval_shape(lambda: self.backbone.apply({"params": backbone}, volumes, method="encode"))
+            shape = skips[0].shape
             extra["position"] = {
                 name: 0.02 * jax.random.normal(stream(key, f"position_{name}"), shape)
                 for name in ("student", "teacher")
@@ -312,7 +312,7 @@ class Alice:
 GROUP_RULES: optimizer.Rules = [
     (r"^head/last(_tokens)?/gain$", "frozen"),  # weight normalisation with its gain fixed at 1
     (r"^head/last(_tokens)?/", "held"),
-    (r"/(bias|scale|mask_token)$", "plain"),  # relative-position tables and prototypes are decayed
+    (r"/(bias|scale|gain[12]|table|mask_token)$", "plain"),  # relative-position tables and prototypes are decayed
     (r"", "decayed"),
 ]
 

@@ -13,6 +13,7 @@ from alice_jax.data.store import Store
 from alice_jax.data.views import WEAK, WINDOW_HU, PairSampler
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective, alice
+from alice_jax.tasks import backbones
 from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
 
 
@@ -26,21 +27,13 @@ def networks(config: ConfigDict) -> alice.Alice:
     casa_width = model.prototypes if mode.casa_on == "logits" else model.bottleneck
     if casa_width % model.casa_heads:
         raise UserError(f"model.casa_heads {model.casa_heads}: must divide the width of the alignment, {casa_width}")
+    position_index = "release" if release else "correct"
+    backbone = backbones.make(model, position_index=position_index, mask_tokens=not release, dtype=dtype)
     return alice.Alice(
         mode=mode,
-        backbone=alice.NNFormer(
-            width=model.width,
-            depths=tuple(model.depths),
-            heads=tuple(model.heads),
-            windows=tuple(model.windows),
-            drop_path=model.drop_path,
-            position_index="release" if release else "correct",
-            mask_tokens=not release,
-            remat=tuple(model.get("remat", ())),  # runs of older versions have none
-            dtype=dtype,
-        ),
+        backbone=backbone,
         head=alice.Head(
-            width=model.width * 2 ** (len(model.depths) - 1),
+            width=backbone.encoder_channels,
             hidden=model.head_hidden,
             bottleneck=model.bottleneck,
             prototypes=model.prototypes,
@@ -102,10 +95,10 @@ def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
 
 
 def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Crop shape and mask grid, one cell for each last-stage token; refuses what the networks cannot take."""
+    """Crop shape and mask grid, one cell for each encoder token; refuses what the networks cannot take."""
     crop = tuple(config.views.crop_shape_zyx)
-    stride = 2 ** len(config.model.depths)
-    if len(crop) != 3 or any(size <= 0 or size % stride for size in crop):
+    stride = backbones.make(config.model).token_stride_zyx
+    if len(crop) != 3 or any(size <= 0 or size % step for size, step in zip(crop, stride, strict=True)):
         raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
     if config.views.kind not in ("mined", "random"):
         raise UserError(f"views.kind {config.views.kind!r}: choose mined or random")
@@ -126,7 +119,7 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int
         raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
     if not any(config.loss.values()) or any(weight < 0 for weight in config.loss.values()):
         raise UserError(f"loss {dict(config.loss)}: the weights must be 0 or more, one of them above 0")
-    grid = tuple(size // stride for size in crop)
+    grid = tuple(size // step for size, step in zip(crop, stride, strict=True))
     if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
         raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")
     return crop, grid

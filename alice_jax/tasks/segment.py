@@ -20,33 +20,28 @@ from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler,
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.interop.names import leaves
-from alice_jax.models.nnformer import NNFormer
+from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import segmentation
+from alice_jax.tasks import backbones
 from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
 
 PARTS = ("all", "encoder")
 Shapes = dict[str, tuple[int, ...]]
 
 
-def network_of(config: Mapping[str, Any], classes: int) -> NNFormer:
+def network_of(config: Mapping[str, Any], classes: int) -> Backbone:
     """The network of a segmentation configuration (a ConfigDict or a workdir's config.json)."""
-    model = config["model"]
-    return NNFormer(
-        width=model["width"],
-        depths=tuple(model["depths"]),
-        heads=tuple(model["heads"]),
-        windows=tuple(model["windows"]),
-        drop_path=model["drop_path"],
-        position_index=model["position_index"],
+    return backbones.make(
+        config["model"],
+        position_index=config["model"]["position_index"],
         mask_tokens=False,
-        remat=tuple(model["remat"]),
         out_channels=classes,
-        deep_supervision=model["deep_supervision"],
+        deep_supervision=config["model"]["deep_supervision"],
         dtype=compute_dtype(config["precision"]),
     )
 
 
-def load(workdir: str, step: int | None = None) -> tuple[NNFormer, Any, Contract]:
+def load(workdir: str, step: int | None = None) -> tuple[Backbone, Any, Contract]:
     """The network of a finished run, its parameters and its contract, for `network.apply({"params": params}, volume,
     method="segment")[0]`, logits (b, d, h, w, classes)."""
     config, state = checkpoint.restore_arrays(workdir, step, ("params", "host"))
@@ -131,14 +126,14 @@ def absent_classes(store: Store, scans: Sequence[str], names: Mapping[int, str],
 # -------------------------------------------------------------------- from pretrained weights
 
 
-def shapes_of(network: NNFormer, crop: Sequence[int], method: str) -> Shapes:
+def shapes_of(network: Backbone, crop: Sequence[int], method: str) -> Shapes:
     """Of the parameters that a method of the network uses, by name."""
     volume = jnp.zeros((1, *crop, 1))
     tree = jax.eval_shape(lambda: network.init(jax.random.key(0), volume, method=method)["params"])
     return {name: value.shape for name, value in leaves(tree, "backbone/")}
 
 
-def start_of(config: ConfigDict, network: NNFormer, here: Contract) -> pretrained.Fit | None:
+def start_of(config: ConfigDict, network: Backbone, here: Contract) -> pretrained.Fit | None:
     """What the network takes over from `config.init_from`; None where it starts from nothing."""
     if config.init_parts not in PARTS:
         raise UserError(f"init_parts {config.init_parts!r}: choose {' or '.join(PARTS)}")
@@ -146,7 +141,7 @@ def start_of(config: ConfigDict, network: NNFormer, here: Contract) -> pretraine
         return None
     source = pretrained.read(config.init_from, config.which)
     contract.check(dataclasses.replace(source.contract, classes=()), here, source.what)
-    if source.position_index != network.position_index:
+    if source.position_index != getattr(network, "position_index", source.position_index):
         raise UserError(f"{source.what}: set model.position_index to {source.position_index}, as it was trained")
     crop = here.crop_shape_zyx
     wanted = shapes_of(network, crop, "encode") if config.init_parts == "encoder" else None
@@ -184,9 +179,9 @@ def group_rules(taken: Collection[str], held: bool) -> optimizer.Rules:
 
 def check(config: ConfigDict) -> None:
     """Refuses settings that the network or the sampler could not work with."""
-    crop, stride = tuple(config.views.crop_shape_zyx), 2 ** len(config.model.depths)
-    if len(crop) != 3 or any(size <= 0 or size % stride for size in crop):
-        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
+    crop, stride_zyx = tuple(config.views.crop_shape_zyx), network_of(config, 2).token_stride_zyx
+    if len(crop) != 3 or any(size <= 0 or size % stride for size, stride in zip(crop, stride_zyx, strict=True)):
+        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride_zyx}")
     low, high = config.views.window_hu
     if not low < high:
         raise UserError(f"views.window_hu {tuple(config.views.window_hu)}: give the lowest and the highest HU")
