@@ -1,6 +1,7 @@
 """The train step of a configuration, compiled for devices that are not there, and what the compiler says of it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -60,15 +61,12 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
     Args:
       unit: side of the devices' matrix unit.
     """
-    if config.objective != "alice":
-        raise UserError(f"objective {config.objective!r}: only pretraining (configs/pretrain.py) is compiled ahead")
-    if config.microbatch:
-        raise UserError(f"microbatch {config.microbatch}: the whole batch is compiled at once; leave it 0")
     if config.precision == "auto":
         config = config.copy_and_resolve_references()
         config.precision = "bfloat16"  # what "auto" means on an accelerator
     mesh, here = sharding.make_mesh(devices), sharding.make_mesh()
-    sharding.parts_of_batch(config.batch_size, 0, mesh)
+    if sharding.parts_of_batch(config.batch_size, config.microbatch, mesh) > 1:
+        raise UserError(f"microbatch {config.microbatch}: only whole batches are compiled ahead; set it to 0")
     objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     rows = tasks.pretrain.batch_shapes(config)
     one = {name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()}
@@ -114,8 +112,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
 
 def _bytes(tree: Tree) -> int:
     """Of described arrays, on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype).nbytes for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _kept(objective: Any, state: Tree, batch: Tree) -> int:

@@ -108,7 +108,9 @@ def described(program: Program, config: ConfigDict, target: Slice) -> str:
         ("program", program.code),
     ):
         lines.append(f"  {what:24}{size / GB:9.3f}")
-    lines.append(f"  activations that the gradient asks for, as written: {program.kept / GB:.2f} GB, in the temporaries")
+    lines.append(
+        f"  activations that the gradient asks for, as written: {program.kept / GB:.2f} GB, in the temporaries"
+    )
     return "\n".join(lines + (speed(program, config, target) if program.flops else []))
 
 
@@ -174,7 +176,9 @@ def swept(done: Compiled, config: ConfigDict, price: float | None) -> list[dict[
     for name, target in zip(topologies.SWEEP, slices, strict=True):
         # The same program but for its collectives, whose sizes do not depend on the number of chips.
         small = [Slice(target.chip, shape) for chips, shape in target.chip.shapes.items() if 1 < chips <= target.chips]
-        sources = [each for each in (target, *small) if done.has(with_fields(config, batch_size=share * each.chips), each)]
+        sources = [
+            each for each in (target, *small) if done.has(with_fields(config, batch_size=share * each.chips), each)
+        ]
         source = (sources or small)[0]
         program = done.step(with_fields(config, batch_size=share * source.chips), source)
         row = {"name": name, "chips": target.chips, "pairs": share * target.chips, "compiled": source.name}
@@ -201,7 +205,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "step_s" not in row:
             lines.append(f"{line}  does not fit")
             continue
-        how = "compiled" if topologies.named(row["name"]).name == row["compiled"] else f"modelled from {row['compiled']}"
+        how = (
+            "compiled" if topologies.named(row["name"]).name == row["compiled"] else f"modelled from {row['compiled']}"
+        )
         line += f" {row['step_s'] * 1e3:8.1f} {row['pairs_per_s']:8.0f} {row['efficiency']:11.1%}"
         lines.append(line + (f" {row['cost']:18.2f}" if cost else "") + f"  {how}")
     return "\n".join([*lines, "", *roofline.FORMULA.splitlines()])
@@ -240,9 +246,7 @@ def plotted(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the command line and runs."""
-    parser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--topology", metavar="NAME", help="TPU chips: v5e:4x4, v5e-16, v5p-128, v6e-256 …")
     what.add_argument("--target", choices=["h200"], help="one GPU; its memory only")
@@ -258,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_folder_of("--plot", args.plot)
     values = flags.FlagValues()
     config = cli.read_configuration(values, config_flags.DEFINE_config_file("config", flag_values=values), rest)
+    if config.objective != "alice":
+        raise UserError(f"objective {config.objective!r}: only pretraining (configs/pretrain.py) is compiled ahead")
     target = topologies.H200 if args.target else topologies.named(args.topology) if args.topology else None
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     done = Compiled.kept_in(args.json)
