@@ -134,19 +134,22 @@ def speed(program: Program, config: ConfigDict, target: Slice) -> list[str]:
         f"{config.batch_size / bound.step:.0f} pairs/s",
         f"  computing {bound.computing * 1e3:.2f} ms ({(bound.computing + filled) * 1e3:.2f} with units filled up), "
         f"moving {bound.moving * 1e3:.2f} ms, network {bound.network * 1e3:.2f} ms",
-        f"  of {chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / GB:.0f} GB/s and {chip.link_rate / GB:.0f} GB/s sent",
+        f"  at {chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / GB:.0f} GB/s, {chip.link_rate / GB:.0f} GB/s sent",
         *(f"  {line}" for line in roofline.FORMULA.splitlines()),
     ]
 
 
 def largest(done: Compiled, config: ConfigDict, target: Slice, memory: float) -> int:
-    """Pairs a chip that `memory` holds, by a line through this batch and twice it; fewer than these if twice is too much."""
+    """Pairs a chip that `memory` holds, by a line through this batch and twice it.
+
+    Where twice the batch is more than the compiler accepts: the batch itself, or none.
+    """
     share = config.batch_size // target.chips
     one, two = (done.step(with_fields(config, batch_size=config.batch_size * n), target) for n in (1, 2))
     if one.too_large:
         return 0
     if two.too_large:
-        return share
+        return share if one.total <= memory else 0
     return roofline.largest([(share, one.total), (2 * share, two.total)], memory)
 
 
@@ -168,12 +171,12 @@ def fitted(done: Compiled, config: ConfigDict, target: Slice, memory: float) -> 
 # ---------------------------------------------------------------- many slices
 
 
-def swept(done: Compiled, config: ConfigDict, price: float | None) -> list[dict[str, Any]]:
-    """The bound on each slice of `topologies.SWEEP`, each chip with as many pairs as on the smallest."""
-    slices = [topologies.named(name) for name in topologies.SWEEP]
+def swept(done: Compiled, config: ConfigDict, names: Sequence[str], price: float | None) -> list[dict[str, Any]]:
+    """The bound on each of these slices, each chip with as many pairs as on the smallest."""
+    slices = [topologies.named(name) for name in names]
     share = math.ceil(config.batch_size / min(each.chips for each in slices))
     rows = []
-    for name, target in zip(topologies.SWEEP, slices, strict=True):
+    for name, target in zip(names, slices, strict=True):
         # The same program but for its collectives, whose sizes do not depend on the number of chips.
         small = [Slice(target.chip, shape) for chips, shape in target.chip.shapes.items() if 1 < chips <= target.chips]
         sources = [
@@ -232,8 +235,11 @@ def plotted(rows: Sequence[dict[str, Any]]) -> bytes:
     ticks = sorted({row["chips"] for row in rows})
     for axes in (speeds, efficiencies):
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
         axes.set_xlabel("chips", fontsize=8, color=figures.SOFT)
+        axes.minorticks_off()
+    low, high = speeds.get_ylim()
+    round_numbers = [m * 10**power for power in range(7) for m in (1, 2, 5) if low <= m * 10**power <= high]
+    speeds.set_yticks(round_numbers, [f"{number:,}" for number in round_numbers])
     efficiencies.set_ylim(0, 105)
     efficiencies.set_ylabel("%", fontsize=8, color=figures.SOFT)
     speeds.legend(fontsize=8, frameon=False)
@@ -250,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--topology", metavar="NAME", help="TPU chips: v5e:4x4, v5e-16, v5p-128, v6e-256 …")
     what.add_argument("--target", choices=["h200"], help="one GPU; its memory only")
-    what.add_argument("--sweep", action="store_true", help=f"the bound on {', '.join(topologies.SWEEP)}")
+    what.add_argument(
+        "--sweep", nargs="*", metavar="NAME", help=f"the bound on these (default: {' '.join(topologies.SWEEP)})"
+    )
     parser.add_argument("--fit", nargs="?", type=float, const=0.0, metavar="GB", help="for this memory, or the chip's")
     parser.add_argument("--quick", action="store_true", help="one compilation: leave out the largest batch")
     parser.add_argument("--confirm", action="store_true", help="compile the largest batch, too")
@@ -268,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     done = Compiled.kept_in(args.json)
     if target is None:
-        rows = swept(done, config, args.price_per_chip_hour)
+        rows = swept(done, config, args.sweep or topologies.SWEEP, args.price_per_chip_hour)
         print(table(rows))
         if args.plot:
             Path(args.plot).write_bytes(plotted(rows))

@@ -12,9 +12,9 @@ from alice_jax.topologies import Chip
 
 FORMULA = """\
 step ≥ max(computing, moving) + network, since the gradients travel when all of them are there
-computing = FLOPs / peak FLOP/s of bfloat16; moving = bytes read and written / HBM bandwidth, both as the compiler counts
-network = for n chips, (n − 1) / n · bytes of each gather or scatter, twice that of an all-reduce, / what a chip's links send;
-every link busy, no delay; the host's batches are there in time"""
+computing = FLOPs / peak FLOP/s of bfloat16; moving = bytes / HBM bandwidth; both as the compiler counts them
+network = (n − 1) / n · bytes of each gather or scatter among n chips, twice that of an all-reduce, / what links send
+assumed: peaks of the data sheet, every link busy and no delay, batches there in time"""
 
 # How often the bytes of an array leave a chip in a ring of n chips, as a multiple of (n - 1) / n.
 TRIPS = {"all-reduce": 2}

@@ -44,8 +44,8 @@ class Chip:
 
 SQUARES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-# Memory is what libtpu 0.0.50 gives a program; speeds are from https://docs.cloud.google.com/tpu/docs/v5e, /v5p-training
-# and /v6e, read in November 2026.
+# Memory is what libtpu 0.0.50 gives a program; speeds are those of https://docs.cloud.google.com/tpu/docs/v5e,
+# /v5p-training and /v6e, read in November 2026.
 CHIPS = {
     chip.name: chip
     for chip in (

@@ -98,7 +98,9 @@ def test_gradients_of_position_bias_travel_as_offsets_and_not_as_pairs_of_tokens
         return jnp.sum(biases(table) * of_pairs)
 
     def gradient(biases):
-        return jax.jit(jax.grad(functools.partial(loss, biases=biases)), in_shardings=(whole, rows), out_shardings=whole)
+        return jax.jit(
+            jax.grad(functools.partial(loss, biases=biases)), in_shardings=(whole, rows), out_shardings=whole
+        )
 
     table = jax.random.normal(jax.random.key(1), (15**3, 2))
     for kind in ("correct", "release"):
