@@ -85,7 +85,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
     began = time.perf_counter()
     lowered = step.lower(given, [batch])
     try:
-        program = lowered.compile()
+        program: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
