@@ -64,16 +64,17 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
     if config.precision == "auto":
         config = config.copy_and_resolve_references()
         config.precision = "bfloat16"  # what "auto" means on an accelerator
-    mesh, here = sharding.make_mesh(devices), sharding.make_mesh()
+    mesh, rules = sharding.make_mesh(devices, config.mesh.parameters), config.mesh.rules
+    here = sharding.make_mesh(jax.devices()[:1])
     if sharding.parts_of_batch(config.batch_size, config.microbatch, mesh) > 1:
         raise UserError(f"microbatch {config.microbatch}: only whole batches are compiled ahead; set it to 0")
     objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     rows = tasks.pretrain.batch_shapes(config)
     one = {name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()}
-    state = jax.eval_shape(sharding.compiled_init(objective, 0, here), one)
+    state = jax.eval_shape(sharding.compiled_init(objective, 0, here, rules), one)
     place = sharding.by_sample(mesh)
     batch = {name: jax.ShapeDtypeStruct(row.shape, row.dtype, sharding=place) for name, row in rows.items()}
-    given = sharding.described(state, mesh)
+    given = sharding.described(state, mesh, rules)
     sizes = Program(
         parameters=_bytes(given.params),
         optimizer=_bytes(given.opt_state),
@@ -81,7 +82,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
         batch=_bytes(batch),
         kept=_kept(objective, state, one) * config.batch_size // len(devices),
     )
-    step = jax.jit(sharding.compiled_step(objective, jax.random.key(0), mesh, parts=1), donate_argnums=0)
+    step = jax.jit(sharding.compiled_step(objective, jax.random.key(0), mesh, 1, rules), donate_argnums=0)
     began = time.perf_counter()
     lowered = step.lower(given, [batch])
     try:
