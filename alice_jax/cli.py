@@ -4,9 +4,11 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from absl import flags
 
 from alice_jax.errors import Stalled, UserError
 
@@ -41,6 +43,21 @@ def check_folder_of(flag: str, path: str | None) -> None:
 def complain(error: UserError) -> None:
     """One line on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def read_configuration(values: flags.FlagValues, config: flags.FlagHolder, arguments: Sequence[str]) -> Any:
+    """Reads all flags of a command that takes --config=FILE and --config.FIELD=VALUE, and returns the configuration."""
+    try:
+        rest = values(["", *arguments])
+        given = config.value is not None and bool(config.value.to_dict())  # a file that cannot be loaded fails here
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # An error inside a configuration file comes with its whole traceback; its last line says what is wrong.
+        raise UserError(f"{str(error).strip().splitlines()[-1]}; see --help") from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: not a flag; see --help")
+    if not given:
+        raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
+    return config.value
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -347,17 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  --distributed  one run of all processes that a cluster has started: srun, TPU hosts, Open MPI")
         print("  --coordinator=HOST:PORT --processes=N --process=I  the same without a cluster; docs/scaling.md")
         return 0
-    try:
-        rest = flags.FLAGS(["train", *arguments])
-        config = _CONFIG.value
-        given = config is not None and bool(config.to_dict())  # a file that cannot be loaded fails here
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # An error inside a configuration file comes with its whole traceback; its last line says what is wrong.
-        raise UserError(f"{str(error).strip().splitlines()[-1]}; see --help") from None
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]}: not a flag; see --help")
-    if not given:
-        raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
+    config = cli.read_configuration(flags.FLAGS, _CONFIG, arguments)
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     host.settle()
     workdir = _WORKDIR.value or os.path.join("runs", os.path.basename(name).replace(".py", "").replace(":", "-"))

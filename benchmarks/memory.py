@@ -4,10 +4,10 @@
     python benchmarks/memory.py --json FILE                1 and 4 pairs of 64³ and of 128³, every way of remat
     python benchmarks/memory.py --crops 96 --remat none    only that
 
-Each row compiles the train step of configs/pretrain.py as an accelerator runs it, the whole batch at once, for a GPU of
-the kind below. What a step holds is its state, its batch and the compiler's temporaries; it grows by the same number of
-bytes with each pair, so a line through the batches that were compiled gives the largest one. Rows that FILE has are not
-compiled again.
+Each row compiles the train step of configs/pretrain.py as an accelerator runs it, the whole batch at once, for an H200
+(`alice_jax.ahead`). What a step holds is its state, its batch and the compiler's temporaries; it grows by the same
+number of bytes with each pair, so a line through the batches that were compiled gives the largest one. Rows that FILE
+has are not compiled again.
 """
 
 import argparse
@@ -15,73 +15,30 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step import Case, alone, example_rows
+from step import Case, alone
 
-from alice_jax import cli
+from alice_jax import ahead, cli, roofline, topologies
 
 DEVICES_GB = (16, 40, 80, 141)
 USABLE = 0.9  # of a device's memory; the rest is for the driver, libraries and gaps between arrays
 REMAT = {"none": (), "finest": (0,), "all": (0, 1, 2, 3)}  # stages whose blocks are computed again
-# What the compiler asks about the device, from the data sheet of an H200.
-GPU = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  l2_cache_size: 52428800 memory_bandwidth: 4800000000000 device_memory_size: 151397597184
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H200"
-"""
 
 
-def needed(case: Case) -> dict[str, float]:
+def needed(case: Case) -> dict[str, Any]:
     """Bytes that one step holds on a GPU, by the compiler, and how long it compiled."""
-    import jax
-    from jax.experimental import topologies
-
-    from alice_jax import sharding, tasks
-
-    config = case.config()
-    objective = tasks.pretrain.objective(config, steps_per_epoch=1)
-    [device] = topologies.get_topology_desc(platform="cuda", target_config=GPU, topology="1x1x1").devices
-    mesh = sharding.make_mesh([device])
-
-    def described(tree: Any) -> Any:
-        place = sharding.by_sample(mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-    rows = example_rows(config)
-    state = jax.eval_shape(sharding.compiled_init(objective, 0, sharding.make_mesh()), rows)
-    step = jax.jit(sharding.compiled_step(objective, jax.random.key(0), mesh, parts=1), donate_argnums=0)
-    began = time.perf_counter()
-    memory = step.lower(sharding.described(state, mesh), [described(rows)]).compile().memory_analysis()
+    program = ahead.compile_step(case.config(), topologies.devices(topologies.H200))
+    if program.too_large:
+        return {"failed": "out of memory"}
     return {
-        "state_and_batch_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "bytes": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
-        "compile_s": time.perf_counter() - began,
+        "state_and_batch_bytes": program.state_and_batch,
+        "temporary_bytes": program.temporaries,
+        "bytes": program.total,
+        "compile_s": program.compile_s,
     }
-
-
-def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Start and slope of the straight line through the first and the last of some points."""
-    (x0, y0), (x1, y1) = min(points), max(points)
-    slope = (y1 - y0) / (x1 - x0)
-    return y0 - slope * x0, slope
 
 
 def largest(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
@@ -90,7 +47,7 @@ def largest(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     single = [(row["crop"] ** 3, row["bytes"]) for row in rows if row["pairs"] == 1]
 
     def along(points: Sequence[tuple[float, float]]) -> list[float]:
-        start, slope = line(points)
+        start, slope = roofline.line(points)
         return [max(USABLE * gigabytes * 1e9 - start, 0) / slope for gigabytes in DEVICES_GB]
 
     found = {f"pairs of {crop}³": list(map(int, along(of))) for crop, of in sorted(batches.items()) if len(of) > 1}

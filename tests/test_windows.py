@@ -1,10 +1,14 @@
 """Windows, shifts, region masks and position bias on grids small enough to check by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from alice_jax import compiled
 from alice_jax.models import windows
 
 
@@ -62,12 +66,12 @@ def test_an_unknown_position_index_is_refused():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_has_the_gradients_of_its_plain_form(masked):
     rng = np.random.default_rng(0)
-    shapes = *[(2, 3, 2, 8, 4)] * 3, (2, 8, 8), (2, 3, 2, 8, 4)
+    shapes = *[(2, 3, 2, 8, 4)] * 3, (2, 2, 8, 8), (2, 3, 2, 8, 4)
     query, key, value, bias, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
     separate = jnp.asarray(rng.random((3, 8, 8)) < 0.3) if masked else None
 
     def plain(query, key, value, bias):
-        logits = jnp.einsum("...qe,...pe->...qp", query, key) + bias
+        logits = jnp.einsum("...qe,...pe->...qp", query, key) + bias[:, None]
         if masked:
             logits = logits + jnp.where(separate, windows.SEPARATE, 0.0)[:, None]
         return jax.nn.softmax(logits) @ value
@@ -82,6 +86,29 @@ def test_attention_has_the_gradients_of_its_plain_form(masked):
     )
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_gradients_of_position_bias_travel_as_offsets_and_not_as_pairs_of_tokens():
+    """4 devices, windows of 8³ tokens, 2 heads: 15³ · 2 numbers of the table, where all pairs would be 512² · 2."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    of_pairs = jax.random.normal(jax.random.key(0), (4, 2, 512, 512))
+
+    def loss(table, of_pairs, biases):
+        return jnp.sum(biases(table) * of_pairs)
+
+    def gradient(biases):
+        return jax.jit(
+            jax.grad(functools.partial(loss, biases=biases)), in_shardings=(whole, rows), out_shardings=whole
+        )
+
+    table = jax.random.normal(jax.random.key(1), (15**3, 2))
+    for kind in ("correct", "release"):
+        ours = gradient(lambda table, kind=kind: windows.position_biases(table, 8, kind, 4))
+        plain = gradient(lambda table, kind=kind: windows.position_bias(table, 8, kind))
+        [(collective, size, count)] = compiled.collectives(ours.lower(table, of_pairs).compile().as_text())
+        assert (collective, size, count) == ("all-reduce", 15**3 * 2 * 4, 1)
+        np.testing.assert_allclose(ours(table, of_pairs), plain(table, of_pairs), rtol=1e-4, atol=1e-3)
 
 
 def attend(x, context, separate):

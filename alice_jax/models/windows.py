@@ -4,6 +4,7 @@ Grids are (depth, height, width); a grid's windows and a window's tokens are bot
 b batch, n windows of one sample, t = window**3 tokens of one window, c channels, k heads.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -111,11 +112,34 @@ def position_bias(table: jax.Array, window: int, kind: str) -> jax.Array:
     return bias.transpose(6, 0, 2, 4, 1, 3, 5).reshape(heads, window**3, window**3)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def position_biases(table: jax.Array, window: int, kind: str, samples: int) -> jax.Array:
+    """`position_bias` for each sample, all alike: ((2w-1)**3, k) -> (samples, k, t, t).
+
+    Its gradient adds up each sample's pairs before the samples, so that devices which hold different samples send each
+    other numbers for (2w-1)**3 offsets and not for t*t pairs.
+    """
+    bias = position_bias(table, window, kind)
+    return jnp.broadcast_to(bias, (samples, *bias.shape))
+
+
+def _position_biases_gradient(window, kind, samples, _, gradient):
+    table = jax.ShapeDtypeStruct(((2 * window - 1) ** 3, gradient.shape[1]), gradient.dtype)
+    of_table = jax.linear_transpose(lambda table: position_bias(table, window, kind), table)
+    return (jax.vmap(of_table)(gradient)[0].sum(0),)
+
+
+position_biases.defvjp(
+    lambda table, window, kind, samples: (position_biases(table, window, kind, samples), None),
+    _position_biases_gradient,
+)
+
+
 def _weights(
     query: jax.Array, key: jax.Array, bias: jax.Array, separate: jax.Array | None, largest: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """exp(logit - largest of the row) (b, n, k, t, t) float32, and that largest one (b, n, k, t, 1)."""
-    logits = jnp.einsum("...qe,...pe->...qp", query, key, preferred_element_type=jnp.float32) + bias
+    logits = jnp.einsum("...qe,...pe->...qp", query, key, preferred_element_type=jnp.float32) + bias[:, None]
     if separate is not None:
         logits = logits + jnp.where(separate, SEPARATE, 0.0)[:, None]
     if largest is None:
@@ -129,7 +153,7 @@ def attend(
 ) -> jax.Array:
     """softmax(query keyᵀ + bias) value, the softmax in float32.
 
-    query, key, value (b, n, k, t, size); bias (k, t, t); separate (n, t, t) bool, True where a key is hidden.
+    query, key, value (b, n, k, t, size); bias (b, k, t, t); separate (n, t, t) bool, True where a key is hidden.
 
     What the gradient needs of the weights is computed again, as in FlashAttention (arXiv 2205.14135): they are by far
     the largest arrays of the network.
@@ -154,7 +178,7 @@ def _attend_gradient(saved, gradient):
     of_logits = weights * (of_weights - own)
     # XLA's own sum over the windows takes a CPU as long as the rest of attention's gradient.
     ones = jnp.ones(of_logits.shape[:2], jnp.float32)
-    of_bias = jnp.einsum("bn,bnkqp->kqp", ones, of_logits, precision="highest")
+    of_bias = jnp.einsum("bn,bnkqp->bkqp", ones, of_logits, precision="highest")
     of_query = jnp.einsum(
         "...qp,...pe->...qe", of_logits.astype(dtype), key, preferred_element_type=jnp.float32
     ).astype(dtype)
@@ -209,7 +233,7 @@ class WindowAttention(nn.Module):
         else:
             query = split(x.astype(self.dtype), 1)[0]
             key, value = split(Linear(2 * c, start=self.start, dtype=self.dtype, name="kv")(context), 2)
-        bias = position_bias(table, window, self.position_index)
+        bias = position_biases(table, window, self.position_index, b)
         y = attend(query * size**-0.5, key, value, bias, separate)
         y = y.transpose(0, 1, 3, 2, 4).reshape(b, n, t, c)
         return Linear(c, start=self.start, dtype=self.dtype, name="out")(y)

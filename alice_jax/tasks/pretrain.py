@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alice_jax import schedules
@@ -123,6 +125,17 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int
     if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
         raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")
     return crop, grid
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `alice.Alice.forward` and its losses are given: the arrays of a global batch."""
+    crop, grid = check(config)
+    pairs = config.batch_size
+    return {
+        "volumes": jax.ShapeDtypeStruct((pairs, 2, *crop, 1), jnp.float32),
+        "hidden": jax.ShapeDtypeStruct((pairs, 2, *grid), jnp.bool_),
+        "weights": jax.ShapeDtypeStruct((pairs,), jnp.float32),
+    }
 
 
 def divided(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
