@@ -206,7 +206,7 @@ def built_in_store(config: ConfigDict) -> str:
     """The path of the built-in cohort, with embeddings where pairs are mined with them."""
     if config.objective == "alice" and config.views.kind == "mined":
         return builtin.embedded_patients(run)
-    return builtin.patients()
+    return builtin.labelled_patients() if config.objective == "classification" else builtin.patients()
 
 
 def conclude(config: ConfigDict, workdir: str) -> None:
@@ -287,7 +287,7 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
         records=len(task.validation_scans),
         seed=config.seed,
         global_batch=at_once,
-        steps=math.ceil(config.data.validation_samples / at_once),
+        steps=math.ceil((config.data.validation_samples or len(task.validation_scans)) / at_once),
         process=jax.process_index(),
         processes=jax.process_count(),
     )
