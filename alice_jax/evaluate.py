@@ -1,7 +1,9 @@
 """Measures a trained part on data with known answers.
 
     python -m alice_jax.evaluate --task landmarks --store DIR [--truth FOLDER] [--only ID ...]
+    python -m alice_jax.evaluate --task classification --workdir RUN [--store DIR] [--labels CSV]
 
+`classification`: k-NN and a linear probe on a backbone's features; see `--task classification --help`.
 `landmarks`: how far matched points lie from the true ones, in millimetres, for the project's matcher, for the dense
 matching of the paper, and for the baseline that maps a point to the same relative position of the other body's box; all
 three get the same points. What is true comes from phantoms, from FOLDER/<scan id>/landmarks.json, or from
@@ -24,6 +26,7 @@ from alice_jax.data import label_maps, landmarks, matching
 from alice_jax.data.landmarks import Questions, Truth
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+from alice_jax.evaluation import classification
 
 WITHIN_MM = 10.0
 METHODS = ("baseline", "dense", "match")
@@ -204,6 +207,11 @@ def _cell(value: float | None, form: str, width: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    which = cli.Parser(add_help=False)
+    which.add_argument("--task")
+    task, rest = which.parse_known_args(argv)
+    if task.task == "classification":
+        return classification.main(rest)
     args = _parse(argv)
     store = Store.open(args.store)
     for id in args.only:
@@ -253,7 +261,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m alice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", required=True, choices=["landmarks"])
+    parser.add_argument("--task", required=True, choices=["landmarks", "classification"])
     parser.add_argument("--store", required=True, metavar="DIR", help="store with embeddings")
     parser.add_argument("--truth", metavar="FOLDER", help="of <scan id>/landmarks.json and <scan id>/labels.nii.gz")
     parser.add_argument("--label-names", metavar="JSON", help='{"1": "spleen", …} (default: "labels" of meta.json)')

@@ -30,16 +30,18 @@ def even_starts(low: int, high: int, size: int) -> list[int]:
     return [low + i * (high - low - size) // (count - 1) for i in range(count)]
 
 
+def with_body(store: Store, id: str, starts: np.ndarray, shape_zyx: Sequence[int]) -> np.ndarray:
+    """Those of the starts (n, 3) whose crops show any of the body."""
+    foreground = store.foreground(id)
+    ends = -(-(starts + shape_zyx) // STRIDE)
+    boxes = zip(np.maximum(starts, 0) // STRIDE, ends, strict=True)
+    return starts[[bool(foreground[tuple(map(slice, low, high))].any()) for low, high in boxes]]
+
+
 def grid_starts(store: Store, id: str, shape_zyx: Sequence[int]) -> np.ndarray:
     """(n, 3) voxels at which crops begin that together cover the body; those without any of it are left out."""
-    foreground, (low, high) = store.foreground(id), store.scan(id).foreground_box_zyx_vox
-    starts = np.array(list(itertools.product(*map(even_starts, low, high, shape_zyx))))
-
-    def shows_body(start: np.ndarray) -> bool:
-        ends = -(-(start + shape_zyx) // STRIDE)
-        return bool(foreground[tuple(map(slice, np.maximum(start, 0) // STRIDE, ends))].any())
-
-    return starts[[shows_body(start) for start in starts]]
+    low, high = store.scan(id).foreground_box_zyx_vox
+    return with_body(store, id, np.array(list(itertools.product(*map(even_starts, low, high, shape_zyx)))), shape_zyx)
 
 
 def grid_crops(store: Store, id: str, shape_zyx: Triple) -> Iterator[np.ndarray]:

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from alice_jax import class_scores, optimizer, schedules
+from alice_jax import optimizer, schedules
 from alice_jax.data import class_labels
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.class_views import ClassSampler
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+from alice_jax.evaluation import class_scores
 from alice_jax.models.nnformer import NNFormer
 from alice_jax.objectives import classification
 from alice_jax.tasks.task import Task, compute_dtype, split

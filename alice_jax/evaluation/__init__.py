@@ -1,0 +1,1 @@
+"""Tasks of `alice_jax.evaluate` and what they measure by."""

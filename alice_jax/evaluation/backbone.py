@@ -1,0 +1,157 @@
+"""What a trained backbone makes of whole scans: a feature of each, or a vector for every cell of its body.
+
+Both are means over crops of the shape that it was trained on; crops are computed in batches over all devices of this
+process.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from alice_jax import checkpoint, sharding, tasks
+from alice_jax.data import matching
+from alice_jax.data.class_views import grid_crops, with_body
+from alice_jax.data.codec import normalise
+from alice_jax.data.embeddings import body_cells
+from alice_jax.data.store import Store
+from alice_jax.data.views import windowed
+from alice_jax.errors import UserError
+from alice_jax.models.nnformer import NNFormer, mean_token
+
+WHICH = ("teacher", "student", "random")
+AT_ONCE = 8  # crops on each device
+Triple = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CellVectors:
+    """Unit vectors of the cells of a scan's body; cell i covers the voxels [i·stride, (i + 1)·stride).
+
+    cells_zyx: (n, 3) int.  vectors: (n, c) float32.
+    """
+
+    shape_zyx: Triple
+    stride_zyx_vox: Triple
+    grid_zyx: Triple
+    cells_zyx: np.ndarray
+    vectors: np.ndarray
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """(z, y, x): the row of a cell, −1 outside the body."""
+        rows = np.full(self.grid_zyx, -1)
+        rows[tuple(self.cells_zyx.T)] = np.arange(len(self.cells_zyx))
+        return rows
+
+    def match(self, points_zyx_vox: np.ndarray, key: "CellVectors") -> np.ndarray:
+        """(n, 3) float voxels of `key`: the centre of the cell whose vector is most like that of a point's cell.
+
+        A point outside the body has no vector; it is not found, NaN.
+        """
+        cells = matching.cell_of_points(points_zyx_vox, self.stride_zyx_vox, self.grid_zyx)
+        rows = self._rows[tuple(cells.T)]
+        best, _ = matching.nearest(self.vectors[rows], [key.vectors])
+        found = matching.points_of_cells(key.cells_zyx[best], key.stride_zyx_vox, key.shape_zyx)
+        return np.where(rows[:, None] < 0, np.nan, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedBackbone:
+    """A backbone and the crops that it was trained on."""
+
+    network: NNFormer
+    params: Any
+    crop_shape_zyx: Triple
+
+    def scan_features(self, store: Store, ids: Sequence[str]) -> np.ndarray:
+        """(n, c) float32: the mean token of each scan, over crops that cover its body."""
+
+        def crops() -> Iterator[tuple[int, np.ndarray]]:
+            for row, id in enumerate(tqdm(ids, "Features", unit="scan", file=sys.stderr)):
+                for crop in grid_crops(store, id, self.crop_shape_zyx):
+                    yield row, crop
+
+        def crop_feature(params: Any, volumes: jax.Array) -> jax.Array:
+            skips: Any = self.network.apply({"params": params}, volumes, method="encode")
+            return mean_token(skips[-1])
+
+        rows, values = zip(*self._computed(crop_feature, crops()), strict=True)
+        features = np.zeros((len(ids), values[0].shape[-1]))
+        np.add.at(features, list(rows), values)
+        return (features / np.bincount(rows, minlength=len(ids))[:, None]).astype(np.float32)
+
+    def cell_vectors(self, store: Store, id: str) -> CellVectors:
+        """The decoder tokens of a scan: means over crops half a crop apart, the more central the more they count."""
+        shape, crop = store.scan(id).shape_zyx, self.crop_shape_zyx
+        lattice = itertools.product(*(range(0, max(n - c // 2, 1), c // 2) for n, c in zip(shape, crop, strict=True)))
+        starts = with_body(store, id, np.array(list(lattice)), crop)
+
+        def crops() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in starts:
+                yield start, windowed(store.read_crop(id, tuple(start), crop))[..., None]
+
+        def tokens(params: Any, volumes: jax.Array) -> jax.Array:
+            skips: Any = self.network.apply({"params": params}, volumes, method="encode")
+            decoded: Any = self.network.apply({"params": params}, skips, method="decode_tokens")
+            return decoded.astype(np.float32)
+
+        sums, stride = np.zeros(0), np.ones(3, int)
+        for start, values in self._computed(tokens, crops()):
+            if not sums.size:
+                stride = np.array(crop) // values.shape[:3]
+                sums = np.zeros((*(-(-(starts.max(axis=0) + crop) // stride)), values.shape[-1]), np.float32)
+                hats = [1 - np.abs((np.arange(n) + 0.5) / n - 0.5) * 2 for n in values.shape[:3]]
+                weight = np.einsum("i,j,k->ijk", *hats)[..., None].astype(np.float32)
+            sums[tuple(slice(a, a + n) for a, n in zip(start // stride, values.shape, strict=False))] += weight * values
+        stride_zyx, grid = _triple(stride), _triple(-(-np.array(shape) // stride))
+        cells = np.argwhere(body_cells(store.foreground(id), grid, stride_zyx))
+        return CellVectors(shape, stride_zyx, grid, cells, normalise(sums[tuple(cells.T)]))
+
+    def _computed(
+        self, function: Callable[[Any, jax.Array], jax.Array], crops: Iterable[tuple[Any, np.ndarray]]
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """(name, function of the crop) of each named crop (depth, height, width, 1)."""
+        mesh = sharding.make_mesh(jax.local_devices())
+        everywhere, size = sharding.replicated(mesh), AT_ONCE * mesh.size
+        params = jax.device_put(self.params, everywhere)
+        compiled = jax.jit(function, out_shardings=everywhere)
+        remaining = iter(crops)
+        while batch := list(itertools.islice(remaining, size)):
+            names, volumes = zip(*batch, strict=True)
+            filled = np.stack([*volumes, *[volumes[0]] * (size - len(batch))])  # so that one shape is compiled
+            values = compiled(params, jax.device_put(filled, sharding.by_sample(mesh)))
+            yield from zip(names, np.asarray(values), strict=False)
+
+
+def _triple(values: np.ndarray) -> Triple:
+    z, y, x = values.tolist()
+    return z, y, x
+
+
+def load(workdir: str, which: str = "teacher") -> TrainedBackbone:
+    """The backbone of a run.
+
+    Args:
+      which: of the two networks of a pretraining run, "teacher" or "student"; "random": none of what it has learnt.
+    """
+    config, state = checkpoint.restore_arrays(workdir)
+    objective, settings = config.get("objective"), ConfigDict(config)
+    if objective == "alice":
+        network = tasks.pretrain.networks(settings).backbone
+        params = (state["params"] if which == "student" else state["extra"]["teacher"])["backbone"]
+    elif objective == "classification":
+        network, params = tasks.classify.backbone_of(settings), state["params"]["backbone"]
+    else:
+        raise UserError(f"--workdir {workdir}: objective {objective!r} has no backbone; give a run of pretraining")
+    crop = _triple(np.array(config["views"]["crop_shape_zyx"]))
+    if which == "random":
+        params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *crop, 1), np.float32))["params"]
+    return TrainedBackbone(network, params, crop)
