@@ -15,6 +15,7 @@ ONLY_IN = {
     "SimpleITK": {"alice_jax/data/dicom.py"},
     "tensorstore": {"alice_jax/data/files.py", "alice_jax/data/store.py"},
     "orbax": {"alice_jax/checkpoint.py"},
+    "sklearn": {"alice_jax/evaluation/class_scores.py"},
     "tensorboardX": {"alice_jax/metrics.py"},
 }
 

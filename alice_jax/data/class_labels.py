@@ -100,7 +100,9 @@ def _rows(path: str) -> list[dict[str, str]]:
     rows = [row for row in csv.reader(text.splitlines()) if any(map(str.strip, row))]
     header = [name.strip() for name in rows[0]] if rows else []
     if SCAN not in header or len(rows) < 2 or len(set(header)) < len(header):
-        raise UserError(f"{path}: give a first row of names, {SCAN} and the labels, each once, then a row for each scan")
+        raise UserError(
+            f"{path}: give a first row of names, {SCAN} and the labels, each once, then a row for each scan"
+        )
     for line, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise UserError(f"{path}, line {line}: has {len(row)} values and the first row has {len(header)} names")

@@ -89,7 +89,13 @@ class TrainedBackbone:
         return (features / np.bincount(rows, minlength=len(ids))[:, None]).astype(np.float32)
 
     def cell_vectors(self, store: Store, id: str) -> CellVectors:
-        """The decoder tokens of a scan: means over crops half a crop apart, the more central the more they count."""
+        """The decoder tokens of a scan: means over crops half a crop apart, the more central the more they count.
+
+        Raises:
+          UserError: the run has trained the encoder alone.
+        """
+        if not any(name.startswith("decoder") for name in self.params):
+            raise UserError("--backbone: this run has trained an encoder alone; give a run of pretraining")
         shape, crop = store.scan(id).shape_zyx, self.crop_shape_zyx
         lattice = itertools.product(*(range(0, max(n - c // 2, 1), c // 2) for n, c in zip(shape, crop, strict=True)))
         starts = with_body(store, id, np.array(list(lattice)), crop)

@@ -58,8 +58,11 @@ def with_intervals(
         rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         for name, value in measures(truth[rows], scores[draw % len(scores)][rows]).items():
             drawn[name].append(value)
-    ends = {name: np.nanpercentile(all, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) for name, all in drawn.items()}
-    return {name: (float(np.mean([v[name] for v in values])), *map(float, ends[name])) for name in MEASURES}
+    found = {}
+    for name in MEASURES:
+        low, high = np.nanpercentile(drawn[name], [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+        found[name] = float(np.mean([value[name] for value in values])), float(low), float(high)
+    return found
 
 
 # ---------------------------------------------------------------- classifiers of features
@@ -110,7 +113,8 @@ def cross_validated(
 ) -> list[np.ndarray]:
     """For each repeat the scores (n, K) of scans by classifiers that have seen neither them nor their patients.
 
-    Folds are stratified by class, or by the combination of labels; there are at most as many as the rarest has patients.
+    Folds are stratified by class, or by the combination of labels; there are at most as many as the rarest class has
+    patients.
     """
     from sklearn import model_selection
 

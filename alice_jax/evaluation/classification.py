@@ -32,20 +32,21 @@ def of_features(features: np.ndarray, labels: ClassLabels, folds: int, repeats: 
 
     On the split of the file where it has one: fitted on "train", judged on "test", or "validation" if there is no test.
     """
-    classes, patients = len(labels.names), np.array(labels.patients)
-    judged, found = np.arange(len(labels.scans)), {}
+    classes = len(labels.names)
+    judged = np.arange(len(labels.scans))
     if labels.splits:
-        split = np.array(labels.splits)
-        fitted, judged = (np.flatnonzero(split == name) for name in ("train", "test" if "test" in split else "validation"))
+        test = "test" if "test" in labels.splits else "validation"
+        fitted, judged = labels.rows(labels.of_split("train")), labels.rows(labels.of_split(test))
         for name, rows in (("train", fitted), ("test", judged)):
             if not len(rows):
                 raise UserError(f"--labels: its column split has no {name!r}; give some scans to it, or no column")
+    patients, found = [labels.patients[row] for row in judged], {}
     for kind in class_scores.CLASSIFIERS:
         if labels.splits:
             scores = [class_scores.scores_of(kind, features[fitted], labels.targets[fitted], features[judged], classes)]
         else:
             scores = class_scores.cross_validated(kind, features, labels.targets, patients, classes, folds, repeats)
-        found[kind] = class_scores.with_intervals(labels.targets[judged], scores, patients[judged])
+        found[kind] = class_scores.with_intervals(labels.targets[judged], scores, patients)
     return found
 
 
@@ -53,13 +54,15 @@ def of_head(workdir: str, labels: ClassLabels, features: np.ndarray) -> tuple[in
     """What a run of configs/classify.py says itself of the scans that it has not seen: their number, and measures."""
     config, state = checkpoint.restore_arrays(workdir)
     seen, _ = tasks.classify.divided(ConfigDict(config), labels)
-    rows = np.flatnonzero(~np.isin(labels.scans, seen))
+    rows = [row for row, scan in enumerate(labels.scans) if scan not in seen]
     head = state["params"]["head"]
     logits = features[rows] @ head["kernel"] + head["bias"]
     if logits.shape[1] != len(labels.names):
         raise UserError(f"--workdir {workdir}: tells {logits.shape[1]} classes apart, the labels {len(labels.names)}")
     scores = np.asarray(tasks.classify.classification.probabilities(logits, labels.multi))
-    return len(rows), class_scores.with_intervals(labels.targets[rows], [scores], np.array(labels.patients)[rows])
+    return len(rows), class_scores.with_intervals(
+        labels.targets[rows], [scores], [labels.patients[row] for row in rows]
+    )
 
 
 def table(found: dict[str, Intervals]) -> str:
