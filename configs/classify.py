@@ -27,8 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.keep_checkpoints = 3
     config.log_every = 10
     config.validate_every = 500
-    config.init_from = ""  # workdir of a pretraining run; "": random weights
-    config.which = "teacher"  # of its two networks, or "student"
+    config.init_from = ""  # workdir of a run, or a file of `alice_jax.export`; "": random weights
+    config.which = "teacher"  # of the two networks of a pretraining run; or "student"
 
     config.numerics = ConfigDict()  # docs/faults.md
     config.numerics.skip = 0  # updates that a run may leave out for numbers that are not finite; the next one stops it
@@ -46,6 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.views = ConfigDict()
     config.views.crop_shape_zyx = (64, 64, 64)  # that of the pretraining
+    config.views.window_hu = (-125.0, 225.0)  # likewise
     config.views.crops = 4  # of a scan, at random places of the body
 
     config.model = ConfigDict()
@@ -54,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.heads = (6, 12, 24, 48)
     config.model.windows = (4, 4, 8, 4)
     config.model.drop_path = 0.2
+    config.model.position_index = "correct"  # or "release", for weights of that mode
     config.model.remat = ()
 
     config.method = ConfigDict()

@@ -7,12 +7,11 @@
 One label column names one of K classes. Of several each is 0 or 1, and a scan may have any number of them.
 """
 
-import collections
 import csv
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +168,7 @@ def _check_counts(path: str, columns: list[str], labels: ClassLabels) -> None:
                 )
 
 
-def summary(counts: collections.abc.Mapping[str, tuple[int, int]]) -> str:
+def summary(counts: Mapping[str, tuple[int, int]]) -> str:
     """How many scans have each label.
 
     >>> summary({"portal": (14, 10), "none": (6, 18)})

@@ -13,7 +13,7 @@ import numpy as np
 
 from alice_jax.data.foreground import STRIDE
 from alice_jax.data.store import Store
-from alice_jax.data.views import crop_around, foreground_points, windowed
+from alice_jax.data.views import WINDOW_HU, crop_around, foreground_points, windowed
 
 Triple = tuple[int, int, int]
 
@@ -44,10 +44,10 @@ def grid_starts(store: Store, id: str, shape_zyx: Sequence[int]) -> np.ndarray:
     return with_body(store, id, np.array(list(itertools.product(*map(even_starts, low, high, shape_zyx)))), shape_zyx)
 
 
-def grid_crops(store: Store, id: str, shape_zyx: Triple) -> Iterator[np.ndarray]:
+def grid_crops(store: Store, id: str, shape_zyx: Triple, window_hu: tuple[float, float]) -> Iterator[np.ndarray]:
     """The crops (depth, height, width, 1) in [0, 1] that begin at `grid_starts`."""
     for start in grid_starts(store, id, shape_zyx):
-        yield windowed(store.read_crop(id, tuple(start), shape_zyx))[..., None]
+        yield windowed(store.read_crop(id, tuple(start), shape_zyx), window_hu)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class ClassSampler:
     Attributes:
       targets: of the scans, (n,) classes or (n, labels).
       crop_shape_zyx: voxels of a crop.
+      window_hu: intensities are clipped to it.
       crops: at random places; 0: the grid that covers the body.
     """
 
@@ -64,6 +65,7 @@ class ClassSampler:
     scan_ids: tuple[str, ...]
     targets: np.ndarray
     crop_shape_zyx: Triple
+    window_hu: tuple[float, float] = WINDOW_HU
     crops: int = 0
 
     def __call__(self, record: int, rng: np.random.Generator, batch_rng: np.random.Generator) -> dict[str, Any]:
@@ -76,9 +78,10 @@ class ClassSampler:
         if self.crops:
             shape = self.store.scan(id).shape_zyx
             points = foreground_points(self.store.foreground(id), shape, rng, self.crops)
-            crops = [windowed(crop_around(self.store, id, point, self.crop_shape_zyx))[..., None] for point in points]
+            around = (crop_around(self.store, id, point, self.crop_shape_zyx) for point in points)
+            crops = [windowed(crop, self.window_hu)[..., None] for crop in around]
         else:
-            crops = list(grid_crops(self.store, id, self.crop_shape_zyx))
+            crops = list(grid_crops(self.store, id, self.crop_shape_zyx, self.window_hu))
         count = self.crops or self.most
         volumes = np.zeros((count, *self.crop_shape_zyx, 1), np.float32)
         volumes[: len(crops)] = crops

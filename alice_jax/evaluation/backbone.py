@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from alice_jax import checkpoint, sharding, tasks
+from alice_jax import checkpoint, contract, pretrained, sharding, tasks
+from alice_jax.contract import Contract
 from alice_jax.data import matching
 from alice_jax.data.class_views import grid_crops, with_body
 from alice_jax.data.codec import normalise
@@ -25,9 +27,15 @@ from alice_jax.data.store import Store
 from alice_jax.data.views import windowed
 from alice_jax.errors import UserError
 from alice_jax.models.nnformer import NNFormer, mean_token
+from alice_jax.tasks.task import contract_of
 
 WHICH = ("teacher", "student", "random")
 AT_ONCE = 8  # crops on each device
+NETWORKS: dict[str, Callable[[ConfigDict], NNFormer]] = {
+    "alice": lambda config: tasks.pretrain.networks(config).backbone,
+    "classification": tasks.classify.backbone_of,
+    "segmentation": lambda config: tasks.segment.network_of(config, 1),
+}
 Triple = tuple[int, int, int]
 
 
@@ -65,19 +73,21 @@ class CellVectors:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedBackbone:
-    """A backbone and the crops that it was trained on."""
+    """A backbone, and how scans are prepared for it."""
 
     network: NNFormer
     params: Any
-    crop_shape_zyx: Triple
+    contract: Contract
 
     def scan_features(self, store: Store, ids: Sequence[str]) -> np.ndarray:
         """(n, c) float32: the mean token of each scan, over crops that cover its body."""
 
+        crop, window_hu = self._prepared(store)
+
         def crops() -> Iterator[tuple[int, np.ndarray]]:
             for row, id in enumerate(tqdm(ids, "Features", unit="scan", file=sys.stderr)):
-                for crop in grid_crops(store, id, self.crop_shape_zyx):
-                    yield row, crop
+                for volume in grid_crops(store, id, crop, window_hu):
+                    yield row, volume
 
         def crop_feature(params: Any, volumes: jax.Array) -> jax.Array:
             skips: Any = self.network.apply({"params": params}, volumes, method="encode")
@@ -96,13 +106,13 @@ class TrainedBackbone:
         """
         if not any(name.startswith("decoder") for name in self.params):
             raise UserError("--backbone: this run has trained an encoder alone; give a run of pretraining")
-        shape, crop = store.scan(id).shape_zyx, self.crop_shape_zyx
+        shape, (crop, window_hu) = store.scan(id).shape_zyx, self._prepared(store)
         lattice = itertools.product(*(range(0, max(n - c // 2, 1), c // 2) for n, c in zip(shape, crop, strict=True)))
         starts = with_body(store, id, np.array(list(lattice)), crop)
 
         def crops() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for start in starts:
-                yield start, windowed(store.read_crop(id, tuple(start), crop))[..., None]
+                yield start, windowed(store.read_crop(id, tuple(start), crop), window_hu)[..., None]
 
         def tokens(params: Any, volumes: jax.Array) -> jax.Array:
             skips: Any = self.network.apply({"params": params}, volumes, method="encode")
@@ -120,6 +130,13 @@ class TrainedBackbone:
         stride_zyx, grid = _triple(stride), _triple(-(-np.array(shape) // stride))
         cells = np.argwhere(body_cells(store.foreground(id), grid, stride_zyx))
         return CellVectors(shape, stride_zyx, grid, cells, normalise(sums[tuple(cells.T)]))
+
+    def _prepared(self, store: Store) -> tuple[Triple, tuple[float, float]]:
+        """Crop shape and window; an error where the store was not prepared for this network."""
+        crop, window_hu = self.contract.crop_shape_zyx, self.contract.window_hu
+        here = contract_of(store, window_hu, crop)
+        contract.check(self.contract, here, f"store {store.path}, for which the backbone was not trained")
+        return crop, window_hu
 
     def _computed(
         self, function: Callable[[Any, jax.Array], jax.Array], crops: Iterable[tuple[Any, np.ndarray]]
@@ -148,16 +165,11 @@ def load(workdir: str, which: str = "teacher") -> TrainedBackbone:
     Args:
       which: of the two networks of a pretraining run, "teacher" or "student"; "random": none of what it has learnt.
     """
-    config, state = checkpoint.restore_arrays(workdir)
-    objective, settings = config.get("objective"), ConfigDict(config)
-    if objective == "alice":
-        network = tasks.pretrain.networks(settings).backbone
-        params = (state["params"] if which == "student" else state["extra"]["teacher"])["backbone"]
-    elif objective == "classification":
-        network, params = tasks.classify.backbone_of(settings), state["params"]["backbone"]
-    else:
-        raise UserError(f"--workdir {workdir}: objective {objective!r} has no backbone; give a run of pretraining")
-    crop = _triple(np.array(config["views"]["crop_shape_zyx"]))
+    source = pretrained.read(workdir, pretrained.WHICH[0] if which == "random" else which)
+    settings = ConfigDict(checkpoint.read_config(workdir))
+    network = NETWORKS[settings.objective](settings)
+    params = traverse_util.unflatten_dict({tuple(name.split("/")): value for name, value in source.values.items()})
     if which == "random":
-        params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *crop, 1), np.float32))["params"]
-    return TrainedBackbone(network, params, crop)
+        volumes = np.zeros((1, *source.contract.crop_shape_zyx, 1), np.float32)
+        params = {"backbone": jax.jit(network.init)(jax.random.key(0), volumes)["params"]}
+    return TrainedBackbone(network, params["backbone"], source.contract)

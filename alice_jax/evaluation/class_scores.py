@@ -29,16 +29,15 @@ def measures(truth: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     columns = np.arange(scores.shape[1])
     are = truth > 0 if multi else truth[:, None] == columns
     said = scores > 0.5 if multi else scores.argmax(axis=1)[:, None] == columns
-    told = [c for c in columns if 0 < are[:, c].sum() < len(are)]
-    if not told:
+    told = are.any(axis=0) & ~are.all(axis=0)
+    if not told.any():
         return dict.fromkeys(MEASURES, np.nan)
-    accuracy = metrics.balanced_accuracy_score if multi else metrics.recall_score
-    found = {
-        "auroc": [metrics.roc_auc_score(are[:, c], scores[:, c]) for c in told],
-        "balanced_accuracy": [accuracy(are[:, c], said[:, c]) for c in told],
-        "f1": [metrics.f1_score(are[:, c], said[:, c], zero_division=0) for c in told],
-    }
-    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+    _, recall, f1, _ = metrics.precision_recall_fscore_support(are, said, average=None, zero_division=0)
+    if multi:  # a label's balanced accuracy counts those without it too
+        recall = (recall + metrics.recall_score(~are, ~said, average=None, zero_division=0)) / 2
+    auroc = metrics.roc_auc_score(are[:, told], scores[:, told], average="macro")
+    values = {"auroc": auroc, "balanced_accuracy": recall[told].mean(), "f1": f1[told].mean()}
+    return {name: round(float(value), 4) for name, value in values.items()}
 
 
 def with_intervals(

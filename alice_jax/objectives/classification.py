@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from alice_jax.models.nnformer import NNFormer, mean_token
-from alice_jax.objectives import Batch, Objective
+from alice_jax.objectives import Batch, Objective, started
 
 Tree = Any
 
@@ -51,7 +51,7 @@ def make(
     optimizer: optax.GradientTransformation,
     schedules: dict[str, Any],
     judge: Callable[[Mapping[str, np.ndarray]], dict[str, float]],
-    start: Tree | None = None,
+    start: Mapping[str, np.ndarray] | None = None,
 ) -> Objective:
     """The objective for batches of `data.class_views.ClassSampler`.
 
@@ -60,15 +60,16 @@ def make(
       multi: several labels at once.
       frozen: the backbone is looked at, not trained, and nothing of it is dropped: a linear probe.
       judge: of "records", "targets" and "scores" of all held-out scans.
-      start: parameters of the backbone to start from instead of random ones.
+      start: values by the name of the parameter, in place of random ones.
     """
     head = nn.Dense(outputs, kernel_init=nn.initializers.zeros)
 
     def init(key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-        made = backbone.init(key, batch["volumes"][0, :1], method="encode")["params"]
-        weights: Any = made if start is None else jax.tree.map(jnp.asarray, start)
-        skips: Any = jax.eval_shape(lambda: backbone.apply({"params": made}, batch["volumes"][0, :1], method="encode"))
-        return {"backbone": weights, "head": head.init(key, jnp.zeros((1, skips[-1].shape[-1])))["params"]}, {}
+        volumes = batch["volumes"][0, :1]
+        weights = backbone.init(key, volumes, method="encode")["params"]
+        skips: Any = jax.eval_shape(lambda: backbone.apply({"params": weights}, volumes, method="encode"))
+        params = {"backbone": weights, "head": head.init(key, jnp.zeros((1, skips[-1].shape[-1])))["params"]}
+        return started(params, start or {}), {}
 
     def logits(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
         volumes = batch["volumes"].reshape(-1, *batch["volumes"].shape[2:])

@@ -17,7 +17,8 @@ from alice_jax.errors import UserError
 from alice_jax.evaluation import class_scores
 from alice_jax.models.nnformer import NNFormer
 from alice_jax.objectives import classification
-from alice_jax.tasks.task import Task, compute_dtype, split
+from alice_jax.tasks import segment
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
 
 KINDS = ("finetune", "probe")
 
@@ -56,6 +57,7 @@ def backbone_of(config: ConfigDict) -> NNFormer:
         heads=tuple(model.heads),
         windows=tuple(model.windows),
         drop_path=model.drop_path,
+        position_index=model.position_index,
         mask_tokens=False,
         remat=tuple(model.remat),
         dtype=compute_dtype(config.precision),
@@ -76,6 +78,9 @@ def task(config: ConfigDict, store: Store) -> Task:
         raise UserError(f"views.crops {config.views.crops}: give a whole number of 1 or more")
     labels = labels_of(config, store)
     scans, held_out = divided(config, labels)
+    network = backbone_of(config)
+    here = contract_of(store, config.views.window_hu, config.views.crop_shape_zyx, labels.names)
+    start = segment.start_of(config, network, here, "encode")
     recipe, frozen = config.optimizer, config.method.kind == "probe"
     steps_per_epoch = math.ceil(len(scans) / config.batch_size)
     warmup = schedules.duration(recipe.warmup, "optimizer.warmup", steps_per_epoch, config.steps)
@@ -84,13 +89,11 @@ def task(config: ConfigDict, store: Store) -> Task:
         return schedules.warmup_cosine(step + 1, recipe.lr, recipe.min_lr, config.steps + 1, warmup)
 
     def sampler(ids: tuple[str, ...], crops: int) -> ClassSampler:
-        return ClassSampler(
-            store, ids, labels.targets[labels.rows(ids)], tuple(config.views.crop_shape_zyx), crops=crops
-        )
+        return ClassSampler(store, ids, labels.targets[labels.rows(ids)], here.crop_shape_zyx, here.window_hu, crops)
 
     return Task(
         objective=classification.make(
-            backbone_of(config),
+            network,
             len(labels.names),
             multi=labels.multi,
             frozen=frozen,
@@ -102,10 +105,13 @@ def task(config: ConfigDict, store: Store) -> Task:
             ),
             schedules={"learning_rate": learning_rate},
             judge=judge,
+            start=start.taken if start else None,
         ),
         sampler=sampler(scans, config.views.crops),
         scans=scans,
         validation_sampler=sampler(held_out, 0),
         validation_scans=held_out,
+        contract=here,
         volumes_per_sample=config.views.crops,
+        notes=(start.account(f"init_from {config.init_from}"),) if start else (),
     )
