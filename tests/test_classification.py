@@ -97,13 +97,13 @@ def test_intervals_hold_the_value_and_narrow_with_more_patients():
         score = np.clip(0.5 + 0.3 * (truth - 0.5) + rng.normal(0, 0.3, n), 0, 1)
         rows = np.repeat(np.arange(n), each)
         scores = np.stack([1 - score, score], axis=1)[rows]
-        found = class_scores.with_intervals(truth[rows], [scores], [f"p{row}" for row in rows], draws=300)
+        found = class_scores.with_intervals(truth[rows], [scores], [f"p{row}" for row in rows], draws=200)
         value, low, high = found["auroc"]
         assert low < value < high
         return high - low
 
-    few, many = width(40, 1), width(160, 1)
-    assert 1.5 < few / many < 2.7  # the square root of 4
+    few, many = width(40, 1), width(640, 1)
+    assert 2.5 < few / many < 6  # about the square root of 16
     assert width(40, 4) == pytest.approx(few, rel=1e-9)  # four scans of each patient say no more than one
 
 

@@ -12,8 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -48,27 +50,18 @@ class CellVectors:
 
     shape_zyx: Triple
     stride_zyx_vox: Triple
-    grid_zyx: Triple
     cells_zyx: np.ndarray
     vectors: np.ndarray
-
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """(z, y, x): the row of a cell, −1 outside the body."""
-        rows = np.full(self.grid_zyx, -1)
-        rows[tuple(self.cells_zyx.T)] = np.arange(len(self.cells_zyx))
-        return rows
 
     def match(self, points_zyx_vox: np.ndarray, key: "CellVectors") -> np.ndarray:
         """(n, 3) float voxels of `key`: the centre of the cell whose vector is most like that of a point's cell.
 
-        A point outside the body has no vector; it is not found, NaN.
+        A point beside the body takes the nearest cell that has a vector.
         """
-        cells = matching.cell_of_points(points_zyx_vox, self.stride_zyx_vox, self.grid_zyx)
-        rows = self._rows[tuple(cells.T)]
+        cells = np.floor((np.asarray(points_zyx_vox) + 0.5) / self.stride_zyx_vox)
+        rows = np.argmin(np.sum((cells[:, None] - self.cells_zyx) ** 2, axis=2), axis=1)
         best, _ = matching.nearest(self.vectors[rows], [key.vectors])
-        found = matching.points_of_cells(key.cells_zyx[best], key.stride_zyx_vox, key.shape_zyx)
-        return np.where(rows[:, None] < 0, np.nan, found)
+        return matching.points_of_cells(key.cells_zyx[best], key.stride_zyx_vox, key.shape_zyx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +74,6 @@ class TrainedBackbone:
 
     def scan_features(self, store: Store, ids: Sequence[str]) -> np.ndarray:
         """(n, c) float32: the mean token of each scan, over crops that cover its body."""
-
         crop, window_hu = self._prepared(store)
 
         def crops() -> Iterator[tuple[int, np.ndarray]]:
@@ -89,11 +81,7 @@ class TrainedBackbone:
                 for volume in grid_crops(store, id, crop, window_hu):
                     yield row, volume
 
-        def crop_feature(params: Any, volumes: jax.Array) -> jax.Array:
-            skips: Any = self.network.apply({"params": params}, volumes, method="encode")
-            return mean_token(skips[-1])
-
-        rows, values = zip(*self._computed(crop_feature, crops()), strict=True)
+        rows, values = zip(*self._computed(self._crop_feature, crops()), strict=True)
         features = np.zeros((len(ids), values[0].shape[-1]))
         np.add.at(features, list(rows), values)
         return (features / np.bincount(rows, minlength=len(ids))[:, None]).astype(np.float32)
@@ -114,13 +102,8 @@ class TrainedBackbone:
             for start in starts:
                 yield start, windowed(store.read_crop(id, tuple(start), crop), window_hu)[..., None]
 
-        def tokens(params: Any, volumes: jax.Array) -> jax.Array:
-            skips: Any = self.network.apply({"params": params}, volumes, method="encode")
-            decoded: Any = self.network.apply({"params": params}, skips, method="decode_tokens")
-            return decoded.astype(np.float32)
-
         sums, stride = np.zeros(0), np.ones(3, int)
-        for start, values in self._computed(tokens, crops()):
+        for start, values in self._computed(self._decoder_tokens, crops()):
             if not sums.size:
                 stride = np.array(crop) // values.shape[:3]
                 sums = np.zeros((*(-(-(starts.max(axis=0) + crop) // stride)), values.shape[-1]), np.float32)
@@ -129,7 +112,7 @@ class TrainedBackbone:
             sums[tuple(slice(a, a + n) for a, n in zip(start // stride, values.shape, strict=False))] += weight * values
         stride_zyx, grid = _triple(stride), _triple(-(-np.array(shape) // stride))
         cells = np.argwhere(body_cells(store.foreground(id), grid, stride_zyx))
-        return CellVectors(shape, stride_zyx, grid, cells, normalise(sums[tuple(cells.T)]))
+        return CellVectors(shape, stride_zyx, cells, normalise(sums[tuple(cells.T)]))
 
     def _prepared(self, store: Store) -> tuple[Triple, tuple[float, float]]:
         """Crop shape and window; an error where the store was not prepared for this network."""
@@ -138,19 +121,37 @@ class TrainedBackbone:
         contract.check(self.contract, here, f"store {store.path}, for which the backbone was not trained")
         return crop, window_hu
 
+    # ---------------------------------------------------------------- on the devices
+
+    @cached_property
+    def _mesh(self) -> Mesh:
+        return sharding.make_mesh(jax.local_devices())
+
+    @cached_property
+    def _crop_feature(self) -> Callable[[Any, jax.Array], jax.Array]:
+        return jax.jit(lambda *args: mean_token(self._encode(*args)[-1]), out_shardings=sharding.replicated(self._mesh))
+
+    @cached_property
+    def _decoder_tokens(self) -> Callable[[Any, jax.Array], jax.Array]:
+        def tokens(params: Any, volumes: jax.Array) -> jax.Array:
+            skips = self._encode(params, volumes)
+            return jnp.asarray(self.network.apply(params, skips, method="decode_tokens"), jnp.float32)
+
+        return jax.jit(tokens, out_shardings=sharding.replicated(self._mesh))
+
+    def _encode(self, params: Any, volumes: jax.Array) -> Any:
+        return self.network.apply(params, volumes, method="encode")
+
     def _computed(
         self, function: Callable[[Any, jax.Array], jax.Array], crops: Iterable[tuple[Any, np.ndarray]]
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """(name, function of the crop) of each named crop (depth, height, width, 1)."""
-        mesh = sharding.make_mesh(jax.local_devices())
-        everywhere, size = sharding.replicated(mesh), AT_ONCE * mesh.size
-        params = jax.device_put(self.params, everywhere)
-        compiled = jax.jit(function, out_shardings=everywhere)
-        remaining = iter(crops)
+        params = jax.device_put({"params": self.params}, sharding.replicated(self._mesh))
+        remaining, size = iter(crops), AT_ONCE * self._mesh.size
         while batch := list(itertools.islice(remaining, size)):
             names, volumes = zip(*batch, strict=True)
             filled = np.stack([*volumes, *[volumes[0]] * (size - len(batch))])  # so that one shape is compiled
-            values = compiled(params, jax.device_put(filled, sharding.by_sample(mesh)))
+            values = function(params, jax.device_put(filled, sharding.by_sample(self._mesh)))
             yield from zip(names, np.asarray(values), strict=False)
 
 
