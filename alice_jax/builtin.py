@@ -50,6 +50,11 @@ def patients() -> str:
     return store_path()
 
 
+def path_for(objective: str) -> str:
+    """Where the patients lie that a run of an objective used."""
+    return labelled_path() if objective == "classification" else store_path()
+
+
 def labelled_path() -> str:
     """Where the patients with labels lie."""
     return os.path.join(root(), "labelled")

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = ConfigDict(checkpoint.read_config(args.workdir))
     if not config:
         raise UserError(f"--workdir {args.workdir}: its config.json is missing; restore it")
-    objective = tasks.make(config, Store.open(config.data.store or builtin.store_path())).objective
+    objective = tasks.make(config, Store.open(config.data.store or builtin.path_for(config.objective))).objective
     parts, samples, key = update.batch(), update.samples(), jax.random.key(config.seed)
     mesh = sharding.make_mesh(jax.devices()[: math.gcd(jax.device_count(), len(samples) // len(parts))])
     batch = [sharding.global_batch(mesh, part) for part in parts]

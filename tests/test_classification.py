@@ -130,19 +130,24 @@ def test_fine_tuning_learns_and_tells_how_well(finetuned, store):
     assert {"validation/balanced_accuracy", "validation/f1"} < set(lines[-1])
 
 
-def test_a_probe_trains_the_head_alone(store, tmp_path):
-    config = small(store, steps=1)
+def test_a_probe_trains_the_head_alone_on_the_weights_that_it_starts_from(finetuned, store, tmp_path, capsys):
+    config = small(store, "bright,large", steps=1, init_from=finetuned)
     with config.unlocked():
-        config.method.kind, config.data.label_columns = "probe", "bright,large"
-    assert train.run(config, str(tmp_path / "one")) == 0
+        config.method.kind = "probe"
+    assert train.run(config, str(tmp_path)) == 0
+    assert "100.0% of the backbone's values; left out: none; new: none" in capsys.readouterr().err
+    before, after = (checkpoint.restore_arrays(workdir)[1]["params"] for workdir in (finetuned, str(tmp_path)))
+    for start, end in zip(*map(leaves, (before["backbone"], after["backbone"])), strict=True):
+        np.testing.assert_array_equal(start, end)
+    assert after["head"]["kernel"].shape == (16, 2) and np.any(after["head"]["kernel"])  # it began at 0
+
+
+def test_weights_for_other_crops_are_refused(finetuned, store, tmp_path):
+    config = small(store, init_from=finetuned)
     with config.unlocked():
-        config.steps = 3
-    assert train.run(config, str(tmp_path / "three")) == 0
-    one, three = (checkpoint.restore_arrays(str(tmp_path / name))[1]["params"] for name in ("one", "three"))
-    for before, after in zip(*map(leaves, (one["backbone"], three["backbone"])), strict=True):
-        np.testing.assert_array_equal(before, after)
-    assert np.abs(three["head"]["kernel"] - one["head"]["kernel"]).max() > 0
-    assert three["head"]["kernel"].shape == (16, 2)
+        config.views.crop_shape_zyx = (24, 24, 24)
+    with pytest.raises(UserError, match=r"crop_shape_zyx is \(16, 16, 16\) there and \(24, 24, 24\) here"):
+        train.run(config, str(tmp_path))
 
 
 def leaves(tree):
