@@ -97,7 +97,7 @@ def test_intervals_hold_the_value_and_narrow_with_more_patients():
         score = np.clip(0.5 + 0.3 * (truth - 0.5) + rng.normal(0, 0.3, n), 0, 1)
         rows = np.repeat(np.arange(n), each)
         scores = np.stack([1 - score, score], axis=1)[rows]
-        found = class_scores.with_intervals(truth[rows], [scores], [f"p{row}" for row in rows], draws=200)
+        found = class_scores.with_intervals(truth[rows], [scores], [f"p{row}" for row in rows], draws=100)
         value, low, high = found["auroc"]
         assert low < value < high
         return high - low
@@ -156,7 +156,18 @@ def leaves(tree):
 
 def test_evaluate_measures_features_and_the_head_of_a_run(finetuned, store, tmp_path, capsys):
     out = tmp_path / "found.json"
-    arguments = ["--task", "classification", "--workdir", finetuned, "--store", store.path, "--repeats", "2"]
+    arguments = [
+        "--task",
+        "classification",
+        "--workdir",
+        finetuned,
+        "--store",
+        store.path,
+        "--repeats",
+        "2",
+        "--draws",
+        "50",
+    ]
     assert evaluate.main([*arguments, "--json", str(out)]) == 0
     assert "12 scans (8 0, 4 1)" in capsys.readouterr().out
     found = json.loads(out.read_text())
@@ -172,7 +183,7 @@ def test_evaluate_follows_the_split_of_the_file(store):
     splits = ("train",) * 4 + ("test",) * 4
     scans = tuple(f"s{i}" for i in range(8))
     labels = class_labels.ClassLabels(scans, ("a", "b"), np.array([0, 0, 1, 1, 0, 1, 0, 1]), splits, scans)
-    found = classification.of_features(features, labels, folds=5, repeats=1)
+    found = classification.of_features(features, labels, folds=5, repeats=1, draws=10)
     assert {kind: measures["balanced_accuracy"][0] for kind, measures in found.items()} == {
         "k-NN": 0.5,
         "linear probe": 0.5,

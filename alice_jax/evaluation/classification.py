@@ -27,7 +27,9 @@ from alice_jax.evaluation import backbone, class_scores
 Intervals = dict[str, tuple[float, float, float]]
 
 
-def of_features(features: np.ndarray, labels: ClassLabels, folds: int, repeats: int) -> dict[str, Intervals]:
+def of_features(
+    features: np.ndarray, labels: ClassLabels, folds: int, repeats: int, draws: int
+) -> dict[str, Intervals]:
     """{classifier: measures} on features (n, c) of all labelled scans.
 
     On the split of the file where it has one: fitted on "train", judged on "test", or "validation" if there is no test.
@@ -46,11 +48,11 @@ def of_features(features: np.ndarray, labels: ClassLabels, folds: int, repeats: 
             scores = [class_scores.scores_of(kind, features[fitted], labels.targets[fitted], features[judged], classes)]
         else:
             scores = class_scores.cross_validated(kind, features, labels.targets, patients, classes, folds, repeats)
-        found[kind] = class_scores.with_intervals(labels.targets[judged], scores, patients)
+        found[kind] = class_scores.with_intervals(labels.targets[judged], scores, patients, draws)
     return found
 
 
-def of_head(workdir: str, labels: ClassLabels, features: np.ndarray) -> tuple[int, Intervals]:
+def of_head(workdir: str, labels: ClassLabels, features: np.ndarray, draws: int) -> tuple[int, Intervals]:
     """What a run of configs/classify.py says itself of the scans that it has not seen: their number, and measures."""
     config, state = checkpoint.restore_arrays(workdir)
     seen, _ = tasks.classify.divided(ConfigDict(config), labels)
@@ -89,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = class_labels.summary(labels.counts(np.arange(len(labels.scans))))
     how = "the split of the file" if labels.splits else f"{args.repeats} cross-validations of up to {args.folds} folds"
     print(f"{len(labels.scans)} scans ({counts}); {args.which} backbone of {args.workdir}; {how}")
-    found = of_features(features, labels, args.folds, args.repeats)
+    found = of_features(features, labels, args.folds, args.repeats, args.draws)
     if own_head:
-        count, measures = of_head(args.workdir, labels, features)
+        count, measures = of_head(args.workdir, labels, features, args.draws)
         found[f"its head, {count} unseen"] = measures
     print(table(found))
     if args.json:
@@ -112,9 +114,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="labels of the CSV (default: all)")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation, at most (default: 5)")
     parser.add_argument("--repeats", type=int, default=5, help="of the cross-validation (default: 5)")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default: 1000)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    for name, least in (("folds", 2), ("repeats", 1)):
+    for name, least in (("folds", 2), ("repeats", 1), ("draws", 2)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: give a whole number of {least} or more")
     cli.check_folder_of("--json", args.json)
