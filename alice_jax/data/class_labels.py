@@ -86,7 +86,7 @@ def read(path: str, store: Store, columns: Sequence[str] = ()) -> ClassLabels:
     else:
         names = tuple(sorted(set(values[labels[0]])))
         targets = np.array([names.index(value) for value in values[labels[0]]], np.int32)
-    read = ClassLabels(scans, names, targets, splits, tuple(store.scan(scan).patient for scan in scans))
+    read = ClassLabels(scans, names, targets, splits, tuple(scan.patient for scan in store.scans(scans)))
     _check_counts(path, labels, read)
     return read
 
@@ -121,7 +121,7 @@ def _columns(path: str, header: list[str], wanted: Sequence[str]) -> list[str]:
 def _scans(path: str, given: list[str], store: Store) -> tuple[str, ...]:
     """The ids of scans that are given by id or by the path of their file."""
     ids = store.ids()
-    by_name = {os.path.abspath(store.scan(id).file): id for id in ids} if set(given) - set(ids) else {}
+    by_name = {os.path.abspath(scan.file): scan.id for scan in store.scans(ids)} if set(given) - set(ids) else {}
     by_name |= {id: id for id in ids}
     found: dict[str, int] = {}
     for line, name in enumerate(given, 2):
