@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.store = ""
+    config.data.cache_gb = 50.0  # of this host's disk at most, for copies of what is read of a store in a bucket
     config.data.labels = ""  # CSV; "": labels.csv in the store
     config.data.label_columns = ""  # of the CSV, separated by commas; "": all
     config.data.workers = 0
