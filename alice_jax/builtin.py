@@ -3,12 +3,14 @@
     CACHE/store/               patients to pretrain on, with embeddings
     CACHE/study/               patients of `alice_jax.study` alone: unlabelled ones with embeddings, and labelled ones
     CACHE/unseen/              patients that nothing is trained on, with embeddings, for judging matches
+    CACHE/labelled/            other patients, with labels.csv: what classification learns and is judged by
     CACHE/embedder-RECIPE/     the workdir of the embedder; RECIPE names its configuration and the format of embeddings
     CACHE/matching-RECIPE.json its errors on the unseen patients, beside those of the relative-position baseline
 
 Every part resumes, so an interrupted build goes on where it stopped, and another recipe starts a new embedder.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -21,12 +23,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alice_jax import host
-from alice_jax.data import phantom
+from alice_jax.data import class_labels, phantom
 from alice_jax.data.codec import FORMAT
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
-PATIENTS, UNSEEN = range(24), range(1000, 1006)
+PATIENTS, UNSEEN, LABELLED = range(24), range(1000, 1006), range(2000, 2048)
 STUDY = {"unlabelled": range(3000, 3024), "labelled": range(4000, 4022)}  # nothing was tuned on them
 POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
@@ -53,6 +55,34 @@ def patients() -> str:
     if not made(embedded=False):
         phantom.write_cohort(store_path(), PATIENTS)
     return store_path()
+
+
+def path_for(objective: str) -> str:
+    """Where the patients lie that a run of an objective used."""
+    return labelled_path() if objective == "classification" else store_path()
+
+
+def labelled_path() -> str:
+    """Where the patients with labels lie."""
+    return os.path.join(root(), "labelled")
+
+
+def labelled_patients() -> str:
+    """The path of the store with labels.csv, after making what is missing.
+
+    Labels: "phase" of the contrast (none, arterial or portal), and 1 for a "lesion", else 0.
+    """
+    store = labelled_path()
+    say(f"data.store is not set: using {len(LABELLED)} labelled phantom patients in {store}")
+    phantom.write_cohort(store, LABELLED)
+    path = os.path.join(store, class_labels.FILE)
+    with open(f"{path}.partial", "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([class_labels.SCAN, "phase", "lesion"])
+        for patient in map(phantom.Patient, LABELLED):
+            rows.writerow([phantom.scan_id(patient.seed), patient.phase, int(patient.has_lesion)])
+    os.replace(f"{path}.partial", path)
+    return store
 
 
 def embedded_patients(train: Callable[[ConfigDict, str], int]) -> str:

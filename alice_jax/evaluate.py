@@ -2,19 +2,22 @@
 
     python -m alice_jax.evaluate --task landmarks --store DIR [--truth FOLDER] [--only ID ...]
     python -m alice_jax.evaluate --task segmentation --predictions DIR --truth DIR [--against DIR]
+    python -m alice_jax.evaluate --task classification --workdir RUN [--store DIR] [--labels CSV]
 
-`segmentation`: Dice, HD95 and NSD; see `--task segmentation --help`.
+`segmentation` (Dice, HD95, NSD) and `classification` (k-NN and a linear probe on features) say more with `--help`.
 `landmarks`: how far matched points lie from the true ones, in millimetres, for the project's matcher, for the dense
-matching of the paper, and for the baseline that maps a point to the same relative position of the other body's box; all
-three get the same points. What is true comes from phantoms, from FOLDER/<scan id>/landmarks.json, or from
-FOLDER/<scan id>/labels.nii.gz (docs/landmarks.md). The store needs embeddings.
+matching of the paper, for the baseline that maps a point to the same relative position of the other body's box, and,
+with --backbone RUN, for the features of a pretrained backbone; all get the same points. What is true comes from
+phantoms, from FOLDER/<scan id>/landmarks.json, or from FOLDER/<scan id>/labels.nii.gz (docs/landmarks.md). The store
+needs embeddings.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,8 @@ from alice_jax.data import label_maps, landmarks, matching
 from alice_jax.data.landmarks import Questions, Truth
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from alice_jax.evaluation import segmentation
+from alice_jax.evaluation import backbone, classification, segmentation
+from alice_jax.evaluation.backbone import CellVectors
 
 WITHIN_MM = 10.0
 METHODS = ("baseline", "dense", "match")
@@ -35,6 +39,7 @@ LABELS = {
     "dense": "dense, as in the paper",
     "match": "matcher",
     "trusted": "matcher, where trusted",
+    "backbone": "backbone, dense",
 }
 
 
@@ -58,37 +63,53 @@ class Answers:
 
 
 def answer(
-    store: Store, reader: matching.EmbeddingReader, pair: tuple[str, str], questions: Questions
+    store: Store,
+    reader: matching.EmbeddingReader,
+    pair: tuple[str, str],
+    questions: Questions,
+    cells_of: Callable[[str], CellVectors] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The places (n, 3) that each method finds in the key, and whether the matcher trusts itself."""
+    """The places (n, 3) that each method finds in the key, and whether the matcher trusts itself.
+
+    cells_of: a backbone's vectors of a scan, which then are another method.
+    """
     query, key = (reader(id) for id in pair)
     boxes = [np.array(store.scan(id).foreground_box_zyx_vox) for id in pair]
     points = questions.points_zyx_vox
     found = matching.match(query, points, key)
-    return {
+    answers = {
         "baseline": matching.relative_position(points, *boxes),
         "dense": matching.dense(query, points, key, subcell=False).points_zyx_vox,
         "match": found.points_zyx_vox,
         "trusted": found.trusted,
     }
+    if cells_of is not None:
+        answers["backbone"] = cells_of(pair[0]).match(points, cells_of(pair[1]))
+    return answers
 
 
-def measure(store: Store, truth: Truth, pairs: Sequence[tuple[str, str]]) -> Answers:
-    """Asks all questions of these pairs (query, key)."""
+def measure(
+    store: Store,
+    truth: Truth,
+    pairs: Sequence[tuple[str, str]],
+    cells_of: Callable[[str], CellVectors] | None = None,
+) -> Answers:
+    """Asks all questions of these pairs (query, key); `cells_of` as for `answer`."""
     if not pairs:
         raise UserError(f"store {store.path}: no two of these scans share a landmark or organ; choose others by --only")
     reader = matching.EmbeddingReader(store)
     names, trusted = [], []
-    errors: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
-    same: dict[str, list[np.ndarray]] = {name: [] for name in METHODS}
+    methods = METHODS if cells_of is None else (*METHODS, "backbone")
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+    same: dict[str, list[np.ndarray]] = {name: [] for name in methods}
     for pair in tqdm(pairs, desc="Matching", unit="pair", file=sys.stderr):
         questions = truth.ask(*pair)
-        found = answer(store, reader, pair, questions)
+        found = answer(store, reader, pair, questions, cells_of)
         spacing = np.array(store.scan(pair[1]).spacing_zyx_mm)
         asked = questions.organs != ""
         names.append(questions.names)
         trusted.append(found["trusted"])
-        for method in METHODS:
+        for method in methods:
             errors[method].append(np.linalg.norm((found[method] - questions.truth_zyx_vox) * spacing, axis=1))
             hits = np.full(len(asked), np.nan)
             if asked.any():
@@ -148,7 +169,8 @@ def summaries(answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
         chosen = answers.names == name if name != "all" else np.full(len(answers.names), True)
         kept = chosen & answers.trusted
         rows[name] = {
-            method: summary(answers.errors_mm[method][chosen], answers.same_organ[method][chosen]) for method in METHODS
+            method: summary(errors_mm[chosen], answers.same_organ[method][chosen])
+            for method, errors_mm in answers.errors_mm.items()
         }
         judged = summary(answers.errors_mm["match"][kept], answers.same_organ["match"][kept])
         rows[name]["trusted"] = judged | {"share": round(float(kept.sum() / max(chosen.sum(), 1)), 3)}
@@ -164,12 +186,13 @@ def report(kind: str, answers: Answers) -> str:
     """A line for each landmark or organ, then all of them with more numbers."""
     rows = summaries(answers)
     organs = not all(np.isnan(values).all() for values in answers.same_organ.values())
+    methods = tuple(answers.errors_mm)
     lines = [f"{kind}: {answers.pairs} ordered pairs of scans, {len(answers.names)} points"]
     if len(rows) > 2:
         columns = f"{'median':>10}{'p95':>6}{'≤10':>6}" + (f"{'organ':>7}" if organs else "")
-        titles = "".join(f"   {LABELS[m].split(',')[0]:<{len(columns) - 3}}" for m in METHODS)
-        lines += [f"{'':<26}{titles}", f"{'':<20}{'points':>6}{columns * len(METHODS)}{'trusted':>9}"]
-        lines += [_row(name, row, organs) for name, row in rows.items() if name != "all"]
+        titles = "".join(f"   {LABELS[m].split(',')[0]:<{len(columns) - 3}}" for m in methods)
+        lines += [f"{'':<26}{titles}", f"{'':<20}{'points':>6}{columns * len(methods)}{'trusted':>9}"]
+        lines += [_row(name, row, methods, organs) for name, row in rows.items() if name != "all"]
     lines += [_header("all") + (f"{'same organ':>12}" if organs else "")]
     for method, values in rows["all"].items():
         line = _line(method, values) + (_cell(values.get("same_organ"), "{:.0%}", 12) if organs else "")
@@ -177,9 +200,9 @@ def report(kind: str, answers: Answers) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, row: dict[str, dict[str, float]], organs: bool) -> str:
+def _row(name: str, row: dict[str, dict[str, float]], methods: Sequence[str], organs: bool) -> str:
     parts = [f"{name[:19]:<20}{row['match']['points']:>6}"]
-    for method in METHODS:
+    for method in methods:
         values = row[method]
         parts += [_cell(values["median_mm"], "{:.1f}", 10), _cell(values["p95_mm"], "{:.1f}", 6)]
         parts.append(_cell(values["within_10_mm"], "{:.0%}", 6))
@@ -212,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, rest = which.parse_known_args(argv)
     if task.task == "segmentation":
         return segmentation.main(rest)
+    if task.task == "classification":
+        return classification.main(rest)
     args = _parse(argv)
     store = Store.open(args.store)
     for id in args.only:
@@ -222,13 +247,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     matching.read_embedding(store, ids[0])  # where there is none, an error before the work
     names = label_maps.names_of(args.label_names) if args.label_names else None
     truths = landmarks.read_truth(store, ids, args.truth, names, args.names, args.points, args.seed)
+    cells_of = None
+    if args.backbone:
+        trained = backbone.load(args.backbone, args.which)
+        cells_of = functools.cache(functools.partial(trained.cell_vectors, store))
     numbers: dict[str, Any] = {}
     for kind, truth in truths.items():
         found = landmarks.pairs(ids, truth, args.pairs)
         if not found and len(truths) > 1:
             print(f"{kind}: no two of these scans share one\n")
             continue
-        answers = measure(store, truth, found)
+        answers = measure(store, truth, found, cells_of)
         print(report(kind, answers))
         print(_about(kind, truth) + "\n")
         numbers[kind] = {"pairs": answers.pairs, "rows": summaries(answers)}
@@ -261,8 +290,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m alice_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", required=True, choices=["landmarks", "segmentation"])
+    parser.add_argument("--task", required=True, choices=["landmarks", "segmentation", "classification"])
     parser.add_argument("--store", required=True, metavar="DIR", help="store with embeddings")
+    parser.add_argument("--backbone", metavar="RUN", help="run of pretraining whose own features are matched too")
+    parser.add_argument("--which", choices=backbone.WHICH, default="teacher", help="network of that run")
     parser.add_argument("--truth", metavar="FOLDER", help="of <scan id>/landmarks.json and <scan id>/labels.nii.gz")
     parser.add_argument("--label-names", metavar="JSON", help='{"1": "spleen", …} (default: "labels" of meta.json)')
     parser.add_argument("--only", nargs="+", default=[], metavar="ID", help="scans to judge (default: all)")

@@ -125,7 +125,7 @@ def _open(store: str | None, run: runs.Run | None) -> tuple[Store | None, str]:
     if run is None:
         raise UserError("--store, --workdir: name a store with embeddings, the folder of a run, or both")
     try:
-        return Store.open(run.config.data.store or builtin.store_path()), ""
+        return Store.open(run.config.data.store or builtin.path_for(run.config.objective)), ""
     except UserError as error:
         return None, f"{error}; if it has moved, name it by --store"
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = ConfigDict(checkpoint.read_config(args.workdir))
     if not config:
         raise UserError(f"--workdir {args.workdir}: its config.json is missing; restore it")
-    objective = tasks.make(config, Store.open(config.data.store or builtin.store_path())).objective
+    objective = tasks.make(config, Store.open(config.data.store or builtin.path_for(config.objective))).objective
     parts, samples, key = update.batch(), update.samples(), jax.random.key(config.seed)
     devices = jax.devices()[: math.gcd(jax.device_count(), len(samples) // len(parts))]
     divided = config.get("mesh", ConfigDict({"parameters": 1, "rules": layout.RULES}))  # runs of older versions: none

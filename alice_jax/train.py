@@ -215,6 +215,8 @@ def built_in_store(config: ConfigDict) -> str:
             "data.store: not set, and the built-in cohort is not there yet; run the same command in one process first, "
             "which makes it, or set data.store"
         )
+    if config.objective == "classification":
+        return builtin.labelled_patients()
     return builtin.embedded_patients(run) if mined else builtin.patients()
 
 
@@ -300,7 +302,7 @@ def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once
         records=len(task.validation_scans),
         seed=config.seed,
         global_batch=at_once,
-        steps=math.ceil(config.data.validation_samples / at_once),
+        steps=math.ceil((config.data.validation_samples or len(task.validation_scans)) / at_once),
         process=jax.process_index(),
         processes=jax.process_count(),
     )

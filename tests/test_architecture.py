@@ -16,6 +16,7 @@ ONLY_IN = {
     "tensorstore": {"alice_jax/data/files.py", "alice_jax/data/store.py"},
     "orbax": {"alice_jax/checkpoint.py"},
     "surface_distance": {"alice_jax/evaluation/surfaces.py"},
+    "sklearn": {"alice_jax/evaluation/class_scores.py"},
     "tensorboardX": {"alice_jax/metrics.py"},
 }
 

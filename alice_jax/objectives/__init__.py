@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+
+from alice_jax.optimizer import parameter_name
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -41,3 +44,10 @@ class Objective:
     features: Callable[[Tree, Tree, Batch], dict[str, jax.Array]] = lambda params, extra, batch: {}
     predict: Callable[[Tree, Tree, Batch], dict[str, jax.Array]] = lambda params, extra, batch: {}
     judge: Callable[[Mapping[str, np.ndarray]], dict[str, float]] = lambda predictions: {}
+
+
+def started(params: Tree, start: Mapping[str, np.ndarray]) -> Tree:
+    """`params` with the values of `start`, by the name of the parameter, where it has one."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, random: jnp.asarray(start.get(parameter_name(path), random)), params
+    )

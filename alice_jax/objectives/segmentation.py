@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alice_jax.objectives import Batch, Objective
-from alice_jax.optimizer import parameter_name
+from alice_jax.objectives import Batch, Objective, started
 
 Tree = Any
 SMOOTH = 1e-5  # of the Dice, against a division by zero
@@ -125,9 +124,7 @@ def make(
 
     def init(key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
         params = {"backbone": network.init(key, batch["volume"][:1], method="segment")["params"]}
-        return jax.tree_util.tree_map_with_path(
-            lambda path, random: jnp.asarray((start or {}).get(parameter_name(path), random)), params
-        ), {}
+        return started(params, start or {}), {}
 
     def loss(params: Tree, extra: Tree, batch: Batch, key: jax.Array, step: jax.Array, train: bool):
         weights_of = {"params": params["backbone"]}

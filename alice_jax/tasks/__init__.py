@@ -11,12 +11,28 @@ from ml_collections import ConfigDict
 from alice_jax import collapse
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from alice_jax.tasks import backbones, embedder, pretrain, segment
+from alice_jax.tasks import backbones, classify, embedder, pretrain, segment
 from alice_jax.tasks.task import Task, compute_dtype, split
 
-__all__ = ["Task", "backbones", "compute_dtype", "embedder", "healthy_ranges", "make", "pretrain", "segment", "split"]
+__all__ = [
+    "Task",
+    "backbones",
+    "classify",
+    "compute_dtype",
+    "embedder",
+    "healthy_ranges",
+    "make",
+    "pretrain",
+    "segment",
+    "split",
+]
 
-TASKS = {"alice": pretrain.task, "embedder": embedder.task, "segmentation": segment.task}
+TASKS = {
+    "alice": pretrain.task,
+    "classification": classify.task,
+    "embedder": embedder.task,
+    "segmentation": segment.task,
+}
 
 
 def make(config: ConfigDict, store: Store) -> Task:

@@ -133,10 +133,11 @@ def shapes_of(network: Backbone, crop: Sequence[int], method: str) -> Shapes:
     return {name: value.shape for name, value in leaves(tree, "backbone/")}
 
 
-def start_of(config: ConfigDict, network: Backbone, here: Contract) -> pretrained.Fit | None:
-    """What the network takes over from `config.init_from`; None where it starts from nothing."""
-    if config.init_parts not in PARTS:
-        raise UserError(f"init_parts {config.init_parts!r}: choose {' or '.join(PARTS)}")
+def start_of(config: ConfigDict, network: Backbone, here: Contract, method: str = "segment") -> pretrained.Fit | None:
+    """What the network takes over from `config.init_from` for a method; None where it starts from nothing."""
+    parts = config.get("init_parts", "all")
+    if parts not in PARTS:
+        raise UserError(f"init_parts {parts!r}: choose {' or '.join(PARTS)}")
     if not config.init_from:
         return None
     source = pretrained.read(config.init_from, config.which)
@@ -144,8 +145,8 @@ def start_of(config: ConfigDict, network: Backbone, here: Contract) -> pretraine
     if source.position_index != getattr(network, "position_index", source.position_index):
         raise UserError(f"{source.what}: set model.position_index to {source.position_index}, as it was trained")
     crop = here.crop_shape_zyx
-    wanted = shapes_of(network, crop, "encode") if config.init_parts == "encoder" else None
-    return pretrained.fit(source, shapes_of(network, crop, "segment"), wanted)
+    wanted = shapes_of(network, crop, "encode") if parts == "encoder" else None
+    return pretrained.fit(source, shapes_of(network, crop, method), wanted)
 
 
 def rate_rules(taken: Collection[str], encoder: Collection[str], rate: float, layer_decay: float) -> optimizer.Rules:
