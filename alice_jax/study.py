@@ -102,7 +102,7 @@ def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[
     return arms
 
 
-def dice_of_run(config: ConfigDict, workdir: Path, store: Store) -> dict[str, dict[str, float]]:
+def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
     """{case: {class: Dice}} of a finished run on the scans that it held out; classes that a case lacks are left out."""
     network, params, contract = segment.load(str(workdir))
     names = label_maps.names_in(store)
@@ -111,7 +111,7 @@ def dice_of_run(config: ConfigDict, workdir: Path, store: Store) -> dict[str, di
     def logits(params: Any, windows: Any) -> Any:
         return network.apply({"params": params}, windows, method="segment")[0]
 
-    sliding = Sliding(logits, params, contract.crop_shape_zyx, contract.window_hu, batch=8)
+    sliding = Sliding(logits, params, contract.crop_shape_zyx, contract.window_hu, overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
     for id in segment.divided(config, store)[1]:
         truth = read_labels(store, id, names)
@@ -137,7 +137,7 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
     )
     config = recipe(args.recipe, fields)
     trained(config, folder)
-    found = dice_of_run(config, folder, Store.open(args.store))
+    found = dice_of_run(config, folder, Store.open(args.store), args.overlap)
     partial = folder / "dice.json.partial"
     partial.write_text(json.dumps(found), encoding="utf-8")
     os.replace(partial, done)
@@ -256,6 +256,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="*", default=[1, 5, 10], help="labelled scans (default: 1 5 10)")
     parser.add_argument("--fractions", type=float, nargs="*", default=[], help="or shares of them")
     parser.add_argument("--held-out", type=float, default=0.5, help="share of the patients to judge by (default: 0.5)")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of the windows, from 0 to below 1 (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="of subsets and trainings (default: 3)")
     parser.add_argument("--no-probes", dest="probes", action="store_false", help="without frozen weights")
     parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=PATH", help="runs or exported weights")
