@@ -29,7 +29,7 @@ from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
 PATIENTS, UNSEEN, LABELLED = range(24), range(1000, 1006), range(2000, 2048)
-STUDY = {"unlabelled": range(3000, 3024), "labelled": range(4000, 4022)}  # nothing was tuned on them
+STUDY = {"unlabelled": range(3000, 3024), "labelled": range(5000, 5022)}  # nothing was tuned on them
 POINTS = 200  # matched from each unseen patient
 EMBEDDER = Path(__file__).parents[1] / "configs" / "embedder.py"
 
