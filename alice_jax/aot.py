@@ -24,8 +24,9 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import ahead, cli, padding, roofline, topologies
-from alice_jax.ahead import Program
+from alice_jax import cli
+from alice_jax.ahead import compiling, padding, roofline, topologies
+from alice_jax.ahead.compiling import Program
 from alice_jax.errors import UserError
 from alice_jax.topologies import Slice
 
@@ -61,7 +62,7 @@ class Compiled:
         key = self._key(config, target)
         if key not in self.programs:
             print(f"compiling for {key.rpartition(',')[0]} …", file=sys.stderr, flush=True)
-            program = ahead.compile_step(config, topologies.devices(target), target.chip.unit)
+            program = compiling.compile_step(config, topologies.devices(target), target.chip.unit)
             self.programs[key] = dataclasses.asdict(program)
             if self.file:
                 self.file.write_text(json.dumps(self.programs, indent=1) + "\n")

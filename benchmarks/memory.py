@@ -5,7 +5,7 @@
     python benchmarks/memory.py --crops 96 --remat none    only that
 
 Each row compiles the train step of configs/pretrain.py as an accelerator runs it, the whole batch at once, for an H200
-(`alice_jax.ahead`). What a step holds is its state, its batch and the compiler's temporaries; it grows by the same
+(`alice_jax.ahead.compiling`). What a step holds is its state, its batch and the compiler's temporaries; it grows by the same
 number of bytes with each pair, so a line through the batches that were compiled gives the largest one. Rows that FILE
 has are not compiled again.
 """
@@ -21,7 +21,8 @@ from typing import Any
 
 from step import Case, alone
 
-from alice_jax import ahead, cli, roofline, topologies
+from alice_jax import cli
+from alice_jax.ahead import compiling, roofline, topologies
 
 DEVICES_GB = (16, 40, 80, 141)
 USABLE = 0.9  # of a device's memory; the rest is for the driver, libraries and gaps between arrays
@@ -30,7 +31,7 @@ REMAT = {"none": (), "finest": (0,), "all": (0, 1, 2, 3)}  # stages whose blocks
 
 def needed(case: Case) -> dict[str, Any]:
     """Bytes that one step holds on a GPU, by the compiler, and how long it compiled."""
-    program = ahead.compile_step(case.config(), topologies.devices(topologies.H200))
+    program = compiling.compile_step(case.config(), topologies.devices(topologies.H200))
     if program.too_large:
         return {"failed": "out of memory"}
     return {

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from alice_jax import aot, padding, roofline, topologies
-from alice_jax.ahead import Program
+from alice_jax import aot
+from alice_jax.ahead import padding, roofline, topologies
+from alice_jax.ahead.compiling import Program
 from alice_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_the_bound_adds_the_network_to_the_slower_of_computing_and_moving():
 
 
 def step(config, target):
-    """For `ahead.compile_step`: 1 GB of state, 2 GB a pair and stage that is not computed again; above 33 none fits."""
+    """For `compile_step`: 1 GB of state, 2 GB a pair and stage that is not computed again; above 33 none fits."""
     pairs = config.batch_size // target.chips
     stages = 4 - len(config.model.remat)
     size = dict(parameters=10**9, optimizer=0, extra=0, batch=0, kept=0)
@@ -118,7 +119,7 @@ def counted(monkeypatch):
         return step(config, target)
 
     monkeypatch.setattr(aot.topologies, "devices", lambda target: target)
-    monkeypatch.setattr(aot.ahead, "compile_step", compile_step)
+    monkeypatch.setattr(compiling, "compile_step", compile_step)
     return asked
 
 

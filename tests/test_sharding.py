@@ -10,7 +10,7 @@ import pytest
 from test_train_state import no_compilation
 
 from alice_jax import checkpoint, layout, losses, sharding
-from alice_jax.compiled import collectives
+from alice_jax.ahead.collectives import found as collectives
 from alice_jax.errors import UserError
 from alice_jax.models.layers import gelu, layer_norm
 from alice_jax.objectives import Objective

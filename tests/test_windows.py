@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from alice_jax import compiled
+from alice_jax.ahead import collectives
 from alice_jax.models import windows
 
 
@@ -106,7 +106,7 @@ def test_gradients_of_position_bias_travel_as_offsets_and_not_as_pairs_of_tokens
     for kind in ("correct", "release"):
         ours = gradient(lambda table, kind=kind: windows.position_biases(table, 8, kind, 4))
         plain = gradient(lambda table, kind=kind: windows.position_bias(table, 8, kind))
-        [(collective, size, count)] = compiled.collectives(ours.lower(table, of_pairs).compile().as_text())
+        [(collective, size, count)] = collectives.found(ours.lower(table, of_pairs).compile().as_text())
         assert (collective, size, count) == ("all-reduce", 15**3 * 2 * 4, 1)
         np.testing.assert_allclose(ours(table, of_pairs), plain(table, of_pairs), rtol=1e-4, atol=1e-3)
 

@@ -31,14 +31,14 @@ def size(text: str) -> int:
     return total
 
 
-def collectives(hlo_text: str) -> list[tuple[str, int, int]]:
+def found(hlo_text: str) -> list[tuple[str, int, int]]:
     """(kind, bytes, count) of what the devices of a program send each other; sorted, equal ones counted together.
 
     Bytes are those of the whole array on one device: after a gather, before a scatter; several arrays that travel
     together are one. A collective inside a loop counts once. A TPU's compiler shows one that computation hides several
     times, with the same channel, and a reduce-scatter as an all-reduce in a computation named after it.
 
-    >>> collectives('''
+    >>> found('''
     ... ENTRY %main (x: f32[4]) -> f32[16] {
     ...   %x = f32[4]{0} parameter(0)
     ...   ROOT %all = f32[16]{0} all-gather(%x), channel_id=1, dimensions={0}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from alice_jax import compiled
+from alice_jax.ahead import collectives
 
 # 16 × 8 numbers of two bytes are 256 bytes, a quarter of them 64.
 PLAIN = """
@@ -50,4 +50,4 @@ HIDDEN = """
     ids=["plain", "asynchronous", "hidden by a TPU's computation"],
 )
 def test_collectives_in_the_forms_that_compilers_write(text, expected):
-    assert compiled.collectives(text) == expected
+    assert collectives.found(text) == expected

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from alice_jax import compiled, padding, sharding, tasks
+from alice_jax import sharding, tasks
+from alice_jax.ahead import collectives, padding
 from alice_jax.errors import UserError
 
 Tree = Any
@@ -97,7 +98,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device], unit: int = 
         compile_s=time.perf_counter() - began,
         tiles=memory.argument_size_in_bytes - sizes.state_and_batch,
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collectives=compiled.collectives(text := program.as_text()),
+        collectives=collectives.found(text := program.as_text()),
     )
     if sharding.platform(mesh) != "tpu":  # the compiler for GPUs counts no operations
         return counted
