@@ -5,9 +5,9 @@
     python benchmarks/memory.py --crops 96 --remat none    only that
 
 Each row compiles the train step of configs/pretrain.py as an accelerator runs it, the whole batch at once, for an H200
-(`alice_jax.ahead.compiling`). What a step holds is its state, its batch and the compiler's temporaries; it grows by the same
-number of bytes with each pair, so a line through the batches that were compiled gives the largest one. Rows that FILE
-has are not compiled again.
+(`alice_jax.ahead.compiling`). What a step holds is its state, its batch and the compiler's temporaries; it grows by the
+same number of bytes with each pair, so a line through the batches that were compiled gives the largest one. Rows that
+FILE has are not compiled again.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from alice_jax import aot
-from alice_jax.ahead import padding, roofline, topologies
+from alice_jax.ahead import compiling, padding, roofline, topologies
 from alice_jax.ahead.compiling import Program
 from alice_jax.errors import UserError
 
