@@ -14,6 +14,7 @@ Everything that is done stays done: the same command goes on where it stopped.
     WORKDIR/pretraining/ARM/           runs of alice_jax.train    WORKDIR/study.csv    Dice of each run, case and class
     WORKDIR/ARM/SUBSET/seed-N/         likewise, and dice.json    WORKDIR/study.json   means, differences, intervals
                                                                   WORKDIR/study.png    the same as curves
+    WORKDIR/config.json                what all runs share
 """
 
 import argparse
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import builtin, cli, host, train
+from alice_jax import builtin, checkpoint, cli, host, train
 from alice_jax.data import label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
@@ -144,6 +145,19 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
     return found
 
 
+def claim(args: argparse.Namespace) -> None:
+    """Writes what all runs of a study share into a new workdir; refuses one of a study with other settings."""
+    mine = {name: getattr(args, name) for name in ("store", "recipe", "steps", "held_out", "overlap")}
+    theirs = checkpoint.read_config(args.workdir)
+    for name, value in mine.items():
+        if theirs and theirs.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"--workdir {args.workdir}: holds a study with {flag} {theirs.get(name)}; name another folder"
+            )
+    checkpoint.write_config(args.workdir, mine)
+
+
 # -------------------------------------------------------------------- what comes of it
 
 
@@ -221,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.store and (args.pretrained or args.unlabelled)):
         labelled, unlabelled = builtin.study_stores(train.run)
         args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
+    claim(args)
     arms, subsets = list(arms_of(args)), Subset.all_of(args.shots, args.fractions)
     runs: dict[tuple[str, str], list[dict[str, dict[str, float]]]] = {}
     began, count, total = time.perf_counter(), 0, len(arms) * len(subsets) * args.seeds

@@ -1,0 +1,112 @@
+"""The protocol of a study: which runs it makes, what it makes of their Dice, and that nothing is done twice.
+
+The trainings are replaced by numbers; what a training and its Dice are is tested in test_segmentation and test_sliding.
+"""
+
+import csv
+import json
+
+import pytest
+
+from alice_jax import study
+from alice_jax.errors import UserError
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The configurations that are trained; their Dice is 0.5, and 0.1 more from pretrained weights in case "b"."""
+    asked = []
+
+    def trained(config, workdir):
+        workdir.mkdir(parents=True)
+        asked.append(config)
+
+    def dice_of_run(config, workdir, store, overlap):
+        more = 0.1 if config.init_from and config.optimizer.freeze != "100 %" else 0.0
+        return {"a": {"liver": 0.5, "fat": 0.5}, "b": {"liver": 0.5 + more, "fat": 0.5 + more}}
+
+    monkeypatch.setattr(study, "trained", trained)
+    monkeypatch.setattr(study, "dice_of_run", dice_of_run)
+    monkeypatch.setattr(study.Store, "open", lambda path: path)
+    return asked
+
+
+def arguments(tmp_path, *more):
+    return ["--workdir", str(tmp_path / "study"), "--store", "labelled", "--pretrained", "alice=runs/alice", *more]
+
+
+def test_every_arm_learns_from_the_same_subsets_and_is_compared_with_scratch(trainings, tmp_path, capsys):
+    assert study.main(arguments(tmp_path, "--shots", "1", "5", "--seeds", "2", "--steps", "7")) == 0
+    assert len(trainings) == 3 * 2 * 2  # arms, numbers of scans, seeds
+    of_arm = {
+        (config.init_from, config.optimizer.freeze): [
+            (c.data.shots, c.data.subset_seed, c.seed, c.steps)
+            for c in trainings
+            if (c.init_from, c.optimizer.freeze) == (config.init_from, config.optimizer.freeze)
+        ]
+        for config in trainings
+    }
+    assert set(of_arm) == {("", "0 %"), ("runs/alice", "0 %"), ("runs/alice", "100 %")}
+    assert set(map(tuple, of_arm.values())) == {((1, 0, 0, 7), (1, 1, 1, 7), (5, 0, 0, 7), (5, 1, 1, 7))}
+
+    rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
+    found = {(row["arm"], row["subset"]): row for row in rows}
+    assert "more_than_scratch" not in found["scratch", "1-shot"]
+    alice = found["alice", "5-shot"]
+    assert alice["cases"] == 2 and alice["dice"]["mean"] == pytest.approx(0.55)
+    assert alice["more_than_scratch"] == pytest.approx({"mean": 0.05, "low": 0.0, "high": 0.1})
+    assert found["alice, frozen", "1-shot"]["more_than_scratch"]["mean"] == 0
+    assert "+0.050" in capsys.readouterr().out
+    lines = list(csv.DictReader((tmp_path / "study" / "study.csv").open()))
+    assert len(lines) == 12 * 4 and {line["class"] for line in lines} == {"liver", "fat"}
+    assert (tmp_path / "study" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(trainings, tmp_path):
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--no-probes"))
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "2", "--no-probes"))
+    assert [(config.init_from, config.seed) for config in trainings] == [
+        ("", 0),
+        ("runs/alice", 0),
+        ("", 1),
+        ("runs/alice", 1),
+    ]
+
+
+def test_a_folder_holds_one_study(trainings, tmp_path):
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--no-probes"))
+    with pytest.raises(UserError, match="holds a study with --steps 0; name another folder"):
+        study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--steps", "9"))
+
+
+def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
+    more = ["--unlabelled", "scans", "--pretraining-steps", "3", "--shots", "1", "--seeds", "1", "--no-probes"]
+    study.main(["--workdir", str(tmp_path / "study"), "--store", "labelled", *more])
+    ladder = [config for config in trainings if config.objective == "alice"]
+    assert [
+        (c.loss.invariance, c.loss.alignment, c.loss.reconstruction, c.views.kind, c.steps, c.data.store)
+        for c in ladder
+    ] == [
+        (0, 0, 10, "random", 3, "scans"),
+        (1, 0, 10, "random", 3, "scans"),
+        (1, 0, 10, "mined", 3, "scans"),
+        (1, 1, 10, "mined", 3, "scans"),
+    ]
+    assert [c.init_from for c in trainings if c.objective == "segmentation"] == [
+        "",
+        *(str(tmp_path / "study" / "pretraining" / name) for name in study.LADDER),
+    ]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--pretrained", "runs/alice"], "give NAME=PATH"),
+        (["--seeds", "0"], "--seeds 0: give a whole number above 0"),
+        (["--shots"], "--shots: give numbers of labelled scans"),
+        (["--recipe", "nowhere.py:tiny"], "nowhere.py:tiny: .*name a configuration"),
+    ],
+)
+def test_mistakes(trainings, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        study.main(arguments(tmp_path, *more))
