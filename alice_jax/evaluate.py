@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     truths = landmarks.read_truth(store, ids, args.truth, names, args.names, args.points, args.seed)
     cells_of = None
     if args.backbone:
-        trained = backbone.load(args.backbone, args.which)
+        trained = backbone.load(args.backbone, args.which, "--backbone")
         cells_of = functools.cache(functools.partial(trained.cell_vectors, store))
     numbers: dict[str, Any] = {}
     for kind, truth in truths.items():

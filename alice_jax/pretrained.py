@@ -43,27 +43,28 @@ class Pretrained:
     what: str
 
 
-def read(path: str, which: str = "teacher") -> Pretrained:
+def read(path: str, which: str = "teacher", field: str = "init_from") -> Pretrained:
     """The backbone of a run's workdir, or of a PyTorch file that `alice_jax.export` wrote.
 
     Args:
       which: of the two networks of a pretraining run; others have one.
+      field: names the setting that gave the path, in errors.
     """
     if which not in WHICH:
         raise UserError(f"which {which!r}: choose {' or '.join(WHICH)}")
     if "://" in path or os.path.isdir(path):
-        return _of_run(path, which)
-    return _of_file(Path(path))
+        return _of_run(path, which, field)
+    return _of_file(Path(path), field)
 
 
-def _of_run(workdir: str, which: str) -> Pretrained:
+def _of_run(workdir: str, which: str, field: str) -> Pretrained:
     config, state = checkpoint.restore_arrays(workdir, parts=("params", "extra", "host"))
     pretraining = config.get("objective") == "alice"
     networks = state["extra"]["teacher"] if pretraining and which == "teacher" else state["params"]
     if "backbone" not in networks:
-        raise UserError(f"init_from {workdir}: objective {config.get('objective')!r} has no backbone to start from")
+        raise UserError(f"{field} {workdir}: objective {config.get('objective')!r} has no backbone to start from")
     release = pretraining and config["method"]["mode"] == "release"
-    what = f"init_from {workdir}" + (f" ({which})" if pretraining else "")
+    what = f"{field} {workdir}" + (f" ({which})" if pretraining else "")
     return Pretrained(
         values=_named(networks["backbone"]),
         contract=Contract.from_json(state["host"].get("contract"), what),
@@ -72,8 +73,8 @@ def _of_run(workdir: str, which: str) -> Pretrained:
     )
 
 
-def _of_file(path: Path) -> Pretrained:
-    what, sidecar = f"init_from {path}", path.with_name(f"{path.name}.json")
+def _of_file(path: Path, field: str) -> Pretrained:
+    what, sidecar = f"{field} {path}", path.with_name(f"{path.name}.json")
     tensors = torch_file.load(str(path))
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))

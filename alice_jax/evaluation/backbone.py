@@ -160,13 +160,14 @@ def _triple(values: np.ndarray) -> Triple:
     return z, y, x
 
 
-def load(workdir: str, which: str = "teacher") -> TrainedBackbone:
+def load(workdir: str, which: str = "teacher", flag: str = "--workdir") -> TrainedBackbone:
     """The backbone of a run.
 
     Args:
       which: of the two networks of a pretraining run, "teacher" or "student"; "random": none of what it has learnt.
+      flag: names, in errors, what gave the path.
     """
-    source = pretrained.read(workdir, pretrained.WHICH[0] if which == "random" else which)
+    source = pretrained.read(workdir, pretrained.WHICH[0] if which == "random" else which, flag)
     settings = ConfigDict(checkpoint.read_config(workdir))
     network = NETWORKS[settings.objective](settings)
     params = traverse_util.unflatten_dict({tuple(name.split("/")): value for name, value in source.values.items()})
