@@ -27,8 +27,8 @@ from ml_collections import ConfigDict, config_flags
 from alice_jax import cli
 from alice_jax.ahead import compiling, padding, roofline, topologies
 from alice_jax.ahead.compiling import Program
+from alice_jax.ahead.topologies import Slice
 from alice_jax.errors import UserError
-from alice_jax.topologies import Slice
 
 REMAT = ((), (0,), (0, 1), (0, 1, 2, 3))  # stages whose blocks are computed again, from the fastest to the smallest
 GB = 1e9

@@ -14,7 +14,6 @@ import csv
 import hashlib
 import json
 import os
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import host
+from alice_jax import cli, host
 from alice_jax.data import class_labels, phantom
 from alice_jax.data.codec import FORMAT
 from alice_jax.data.store import Store
@@ -144,7 +143,7 @@ def matching_summary() -> str:
 def _recipe() -> ConfigDict:
     if not EMBEDDER.exists():
         raise UserError(f"{EMBEDDER}: not found; the built-in cohort needs a clone of the project, or set data.store")
-    return runpy.run_path(str(EMBEDDER))["get_config"]("tiny")
+    return cli.recipe(f"{EMBEDDER}:tiny")
 
 
 def _recipe_name() -> str:

@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import runpy
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from alice_jax.errors import Stalled, UserError
 
@@ -58,6 +60,18 @@ def read_configuration(values: flags.FlagValues, config: flags.FlagHolder, argum
     if not given:
         raise UserError("--config: name a configuration, such as --config=configs/pretrain.py")
     return config.value
+
+
+def recipe(name: str, fields: Mapping[str, Any] | None = None) -> ConfigDict:
+    """A configuration file such as "configs/segment.py:tiny", with some fields set, {"data.store": "DIR"}."""
+    path, _, variant = name.partition(":")
+    try:
+        config = runpy.run_path(path)["get_config"](variant)
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(fields or {}))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}; name a configuration such as configs/segment.py:tiny") from None
+    return config
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -22,7 +22,6 @@ import csv
 import dataclasses
 import json
 import os
-import runpy
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,18 +73,6 @@ class Subset:
         return by_number + [Subset(f"{share:.0%}", {"data.fraction": share}) for share in fractions]
 
 
-def recipe(name: str, fields: Mapping[str, Any]) -> ConfigDict:
-    """A configuration file such as "configs/segment.py:tiny" with some fields set."""
-    path, _, variant = name.partition(":")
-    try:
-        config = runpy.run_path(path)["get_config"](variant)
-        with config.unlocked():
-            config.update_from_flattened_dict(dict(fields))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: {error}; name a configuration such as configs/segment.py:tiny") from None
-    return config
-
-
 def trained(config: ConfigDict, workdir: Path) -> None:
     """Runs the training loop to its end, or not at all if it has ended before."""
     if code := train.run(config, str(workdir)):
@@ -98,7 +85,7 @@ def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[
     for rung, fields in LADDER.items():
         folder = workdir / "pretraining" / rung
         say(f"pretraining: {rung}")
-        trained(recipe(name, fields | {"data.store": store} | ({"steps": steps} if steps else {})), folder)
+        trained(cli.recipe(name, fields | {"data.store": store} | ({"steps": steps} if steps else {})), folder)
         arms.append(Arm(rung, str(folder)))
     return arms
 
@@ -136,7 +123,7 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
     fields |= {"data.validation_fraction": args.held_out, **subset.fields} | (
         {"steps": args.steps} if args.steps else {}
     )
-    config = recipe(args.recipe, fields)
+    config = cli.recipe(args.recipe, fields)
     trained(config, folder)
     found = dice_of_run(config, folder, Store.open(args.store), args.overlap)
     partial = folder / "dice.json.partial"

@@ -5,7 +5,7 @@
 
 `configs/segment.py` is for the backbone of `configs/pretrain.py` on one accelerator; `configs/segment.py:tiny` for that
 of its `:tiny` on two CPU cores. The store needs labels (docs/prepare.md); docs/finetune.md describes every field and
-what to expect. With no `data.store` the built-in cohort is used, with the 13 organs of FLARE22 (`:tiny`: six tissues).
+what to expect. With no `data.store` the built-in cohort is used, with six of its labels.
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.store = ""
-    config.data.classes = ()  # names; (): all that the store has, of phantoms the organs
+    config.data.classes = ()  # names; (): all that the store has, of phantoms six
     config.data.train_scans = ""  # ids separated by commas, or a file with one on each line; "": by the next three
     config.data.fraction = 1.0  # of the labelled scans that are not held out
     config.data.shots = 0  # or so many of them
@@ -101,8 +101,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.layer_decay = 1.0  # and once more for each layer between one of the encoder and its end
 
     if variant == "tiny":
-        # Chosen to be learnt within minutes: small crops show no place in the body, and tissues can do without.
-        config.data.classes = ("lung_right", "lung_left", "liver", "rib_cage", "muscle", "fat")
         config.batch_size = 4
         config.microbatch = 4
         config.steps = 250

@@ -10,8 +10,10 @@ import pytest
 from random_weights import random_weights
 
 from alice_jax import checkpoint, export, tasks, train, train_state
+from alice_jax.contract import Contract
+from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
-from alice_jax.interop import embedder, primus, resenc
+from alice_jax.interop import primus, resenc, torch_file
 from alice_jax.models.nnformer import NNFormer
 from alice_jax.models.primus import Primus
 from alice_jax.models.resenc import ResEnc
@@ -160,10 +162,13 @@ def trained(request, tmp_path_factory):
     for _ in range(3):
         state, metrics = step(state, batch)
         losses.append(jax.device_get(metrics))
-    workdir = str(tmp_path_factory.mktemp(request.param))
+    workdir, agreed = (
+        str(tmp_path_factory.mktemp(request.param)),
+        Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), crop),
+    )
     checkpoint.write_config(workdir, config.to_dict())
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(3, state)
+        checkpoints.save(3, state, {"contract": agreed.to_json()})
     return request.param, config, losses, jax.device_get(state), workdir
 
 
@@ -184,7 +189,7 @@ def test_export_round_trip(trained, tmp_path):
     about = json.loads((tmp_path / "backbone.pth.json").read_text())
     assert about["model"] == json.loads(json.dumps({"backbone": name} | config.model[name].to_dict()))
     trained_values = state.extra["teacher"]["backbone"]
-    tensors = embedder.read_torch_file(str(out))
+    tensors = torch_file.load(str(out))
     if name == "resenc":
         trained_values = {part: tree for part, tree in trained_values.items() if part != "mask_token"}
     returned = resenc.from_torch(tensors) if name == "resenc" else primus.from_torch(tensors, mask_token=True)

@@ -192,7 +192,7 @@ def no_labels(folders):
         (unknown_label, "b.nii.gz: has the label 7, which has no name"),
         (other_classes, "the predictions have no class 'liver', but kidney, spleen; choose what to judge by --names"),
         (empty, "labelsTr: is no folder of label files"),
-        (no_labels, "b.nii.gz: is no label map"),
+        (no_labels, "b.nii.gz: labels: it is no label map"),
     ],
 )
 def test_mistakes_are_one_line(folders, change, message):

@@ -333,7 +333,7 @@ MISTAKES = {
     "parts": ({"init_parts": "head"}, "init_parts 'head'"),
     "which": ({"which": "both"}, "which 'both'"),
     "nothing there": ({"init_from": "nowhere.pth"}, "nowhere.pth"),
-    "a crop of other sides": ({"views.crop_shape_zyx": (16, 16, 18)}, "give three multiples of 4"),
+    "a crop of other sides": ({"views.crop_shape_zyx": (16, 16, 18)}, "give three multiples of .4, 4, 4"),
     "unknown class": ({"data.classes": ("kidney",)}, "'kidney': the store has liver, spleen, cord"),
     "absent class": ({"data.classes": ("cord",)}, "none of cord is in the 4 training scans"),
     "unknown scan": ({"data.train_scans": "case7"}, "case7: is no labelled scan"),

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from alice_jax.topologies import Chip
+from alice_jax.ahead.topologies import Chip
 
 FORMULA = """\
 step ≥ max(computing, moving) + network, since the gradients travel when all of them are there

@@ -88,11 +88,8 @@ TISSUES: dict[str, Tissue] = {
 NAMES = list(TISSUES)
 CODES = {name: code for code, name in enumerate(NAMES)}
 LABELS: dict[int, str] = dict(enumerate(dict.fromkeys(t.label or "background" for t in TISSUES.values())))
-# Those of FLARE22.
-ORGANS = (
-    "liver", "kidney_right", "spleen", "pancreas", "aorta", "vena_cava", "adrenal_right", "adrenal_left", "gallbladder",
-    "oesophagus", "stomach", "duodenum", "kidney_left",
-)  # fmt: skip
+# Labels that are learnt within minutes, even from small crops, which show no place in the body.
+LEARNT_SOON = ("lung_right", "lung_left", "liver", "rib_cage", "muscle", "fat")
 LABEL_OF_TISSUE = np.array(
     [{v: k for k, v in LABELS.items()}[t.label or "background"] for t in TISSUES.values()], np.uint8
 )

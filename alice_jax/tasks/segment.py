@@ -57,12 +57,12 @@ def load(workdir: str, step: int | None = None) -> tuple[Backbone, Any, Contract
 def classes_of(chosen: Sequence[str], store: Store, names: Mapping[int, str]) -> dict[int, str]:
     """The numbers in the labels that are to be told apart, and their names.
 
-    chosen: names; () for all, of phantoms for the organs.
+    chosen: names; () for all, of phantoms for those that are learnt soon.
     """
     if not names:
         raise UserError(f"data.store {store.path}: nothing says what its labels mean; prepare it with --labels")
     if not chosen and "phantom" in store.manifest["extra"]:
-        chosen = phantom_tissues.ORGANS
+        chosen = phantom_tissues.LEARNT_SOON
     if absent := [name for name in chosen if name not in names.values()]:
         raise UserError(f"data.classes {absent[0]!r}: the store has {', '.join(names.values())}; choose among these")
     return {code: name for code, name in names.items() if not chosen or name in chosen}
