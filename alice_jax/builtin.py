@@ -50,7 +50,7 @@ def made(embedded: bool) -> bool:
 
 def patients() -> str:
     """The path of the store, after making the phantoms if they are missing; embeddings may not be there yet."""
-    say(f"data.store is not set: using the built-in cohort of {len(PATIENTS)} phantom patients in {root()}")
+    cli.say(f"data.store is not set: using the built-in cohort of {len(PATIENTS)} phantom patients in {root()}")
     if not made(embedded=False):
         phantom.write_cohort(store_path(), PATIENTS)
     return store_path()
@@ -72,7 +72,7 @@ def labelled_patients() -> str:
     Labels: "phase" of the contrast (none, arterial or portal), and 1 for a "lesion", else 0.
     """
     store = labelled_path()
-    say(f"data.store is not set: using {len(LABELLED)} labelled phantom patients in {store}")
+    cli.say(f"data.store is not set: using {len(LABELLED)} labelled phantom patients in {store}")
     phantom.write_cohort(store, LABELLED)
     path = os.path.join(store, class_labels.FILE)
     with open(f"{path}.partial", "w", encoding="utf-8", newline="") as file:
@@ -93,7 +93,7 @@ def embedded_patients(train: Callable[[ConfigDict, str], int]) -> str:
     store = patients()
     if os.path.exists(_matching()):
         return store
-    say("making its embeddings, once: training the tiny embedder")
+    cli.say("making its embeddings, once: training the tiny embedder")
     from alice_jax import embed, evaluate  # here, since only this step needs them
 
     config = _recipe()
@@ -123,12 +123,11 @@ def study_stores(train: Callable[[ConfigDict, str], int]) -> tuple[str, str]:
     """Paths of a labelled store and of an embedded one, of patients that serve for nothing else."""
     from alice_jax import embed
 
-    trained = embed.restore(embedder(train))
-    for name, patients in STUDY.items():
-        store = phantom.write_cohort(os.path.join(root(), "study", name), patients)
-        if name == "unlabelled":
-            embed.embed_store(store, trained)
-    return tuple(os.path.join(root(), "study", name) for name in ("labelled", "unlabelled"))  # type: ignore[return-value]
+    labelled, unlabelled = (
+        phantom.write_cohort(os.path.join(root(), "study", name), STUDY[name]) for name in ("labelled", "unlabelled")
+    )
+    embed.embed_store(unlabelled, embed.restore(embedder(train)))
+    return labelled.path, unlabelled.path
 
 
 def matching_summary() -> str:
@@ -161,7 +160,3 @@ def _matching() -> str:
 
 def _ids(path: str) -> list[str]:
     return Store.open(path).ids() if os.path.exists(os.path.join(path, "manifest.json")) else []
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

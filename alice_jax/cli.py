@@ -62,6 +62,11 @@ def read_configuration(values: flags.FlagValues, config: flags.FlagHolder, argum
     return config.value
 
 
+def say(text: str) -> None:
+    """One line for the user, beside what a command prints."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def recipe(name: str, fields: Mapping[str, Any] | None = None) -> ConfigDict:
     """A configuration file such as "configs/segment.py:tiny", with some fields set, {"data.store": "DIR"}."""
     path, _, variant = name.partition(":")

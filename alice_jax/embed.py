@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from alice_jax import checkpoint, cli, host, tasks
 from alice_jax.data import embeddings
+from alice_jax.data.cells import triple
 from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
 from alice_jax.data.store import Store
@@ -64,7 +65,7 @@ class TrainedEmbedder:
     def strides_zyx_vox(self) -> tuple[Triple, Triple]:
         """Store voxels per fine and per coarse cell."""
         fine, coarse = (self.reduce * np.array(stride) for stride in strides_zyx(self.network))
-        return _triple(fine // self.shifts), _triple(coarse)
+        return triple(fine // self.shifts), triple(coarse)
 
     def hash(self) -> str:
         """Names the weights and all settings that the vectors depend on; not the dtype of the computation."""
@@ -76,11 +77,6 @@ class TrainedEmbedder:
         for path, value in sorted(traverse_util.flatten_dict(self.variables).items()):
             digest.update("/".join(path).encode() + np.ascontiguousarray(value, "<f4").tobytes())
         return digest.hexdigest()
-
-
-def _triple(stride: np.ndarray) -> Triple:
-    z, y, x = stride.tolist()
-    return z, y, x
 
 
 def restore(workdir: str, step: int | None = None) -> TrainedEmbedder:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -76,14 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--workdir {args.workdir}: its network tells no classes apart; give a segmentation run")
     _write_names(out, contract)
 
-    def logits(params: Any, windows: jax.Array) -> jax.Array:
-        return network.apply({"params": params}, windows, method="segment")[0]
-
-    sliding = Sliding(
-        logits,
+    sliding = Sliding.of(
+        network,
         params,
-        contract.crop_shape_zyx,
-        contract.window_hu,
+        contract,
         overlap=args.overlap,
         mirror=_mirrored_axes(args.workdir) if args.mirror else (),
         batch=args.batch or (1 if jax.default_backend() == "cpu" else 8),

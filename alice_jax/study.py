@@ -36,6 +36,7 @@ from alice_jax.data import label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+from alice_jax.evaluation import surfaces
 from alice_jax.evaluation.averages import interval
 from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
@@ -84,10 +85,18 @@ def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[
     arms = []
     for rung, fields in LADDER.items():
         folder = workdir / "pretraining" / rung
-        say(f"pretraining: {rung}")
-        trained(cli.recipe(name, fields | {"data.store": store} | ({"steps": steps} if steps else {})), folder)
+        cli.say(f"pretraining: {rung}")
+        trained(recipe(name, fields | {"data.store": store}, steps), folder)
         arms.append(Arm(rung, str(folder)))
     return arms
+
+
+def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
+    """A recipe with some fields set, and its steps unless 0; validated at the end alone, since nobody looks earlier."""
+    config = cli.recipe(name, fields)
+    config.steps = steps or config.steps
+    config.validate_every = config.steps
+    return config
 
 
 def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
@@ -96,19 +105,16 @@ def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float)
     names = label_maps.names_in(store)
     codes = segment.classes_of(config.data.classes, store, names)
 
-    def logits(params: Any, windows: Any) -> Any:
-        return network.apply({"params": params}, windows, method="segment")[0]
-
-    sliding = Sliding(logits, params, contract.crop_shape_zyx, contract.window_hu, overlap, batch=8)
+    sliding = Sliding.of(network, params, contract, overlap=overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
     for id in segment.divided(config, store)[1]:
         truth = read_labels(store, id, names)
         found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
-        cases[id] = {}
-        for number, (code, name) in enumerate(codes.items(), 1):
-            true, predicted = truth == code, found == number
-            if true.any():
-                cases[id][name] = float(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))
+        cases[id] = {
+            name: surfaces.dice(truth == code, found == number)
+            for number, (code, name) in enumerate(codes.items(), 1)
+            if (truth == code).any()
+        }
     return cases
 
 
@@ -118,12 +124,14 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
     done = folder / "dice.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    fields = {"seed": seed, "data.subset_seed": seed, "data.store": args.store, "init_from": arm.init_from}
-    fields |= {"optimizer.freeze": "100 %"} if arm.frozen else {}
-    fields |= {"data.validation_fraction": args.held_out, **subset.fields} | (
-        {"steps": args.steps} if args.steps else {}
-    )
-    config = cli.recipe(args.recipe, fields)
+    fields = {
+        "seed": seed,
+        "data.subset_seed": seed,
+        "data.store": args.store,
+        "data.validation_fraction": args.held_out,
+    }
+    fields |= {"init_from": arm.init_from, **subset.fields}
+    config = recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), args.steps)
     trained(config, folder)
     found = dice_of_run(config, folder, Store.open(args.store), args.overlap)
     partial = folder / "dice.json.partial"
@@ -233,7 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 runs.setdefault((name, subset.name), []).append(run(arm, subset, seed, args))
                 count += 1
                 left = (time.perf_counter() - began) / count * (total - count)
-                say(f"{count} of {total} runs done, about {left / 60:.0f} min left: {name}, {subset.name}, seed {seed}")
+                cli.say(
+                    f"{count} of {total} runs done, about {left / 60:.0f} min left: {name}, {subset.name}, seed {seed}"
+                )
     rows = compared({key: by_case(seeds) for key, seeds in runs.items()})
     folder = Path(args.workdir)
     write_csv(folder / "study.csv", runs)
@@ -241,10 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder / "study.png").write_bytes(study_curves.draw(rows))
     print(table(rows))
     return 0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -177,7 +177,7 @@ def test_a_sweep_says_what_was_compiled_and_what_was_modelled(counted, monkeypat
 def run(*arguments):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_OPTIMIZATION_LEVEL": "O1"}
     command = [sys.executable, "-m", "alice_jax.aot", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

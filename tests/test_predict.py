@@ -192,7 +192,9 @@ def test_a_missing_run_is_one_line_of_the_command(tmp_path):
     write_nifti(tmp_path / "in" / "a.nii.gz", ct_like())
     command = [sys.executable, "-m", "alice_jax.predict", "--workdir", str(tmp_path / "none")]
     done = subprocess.run(
-        [*command, "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")], capture_output=True, text=True
+        [*command, "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 1 and done.stdout.startswith("1 scans, 0 of them done already")
     assert done.stderr.startswith("error: --workdir") and done.stderr.count("\n") == 1

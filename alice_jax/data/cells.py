@@ -9,6 +9,12 @@ import numpy as np
 Triple = tuple[int, int, int]
 
 
+def triple(values: np.ndarray) -> Triple:
+    """Three whole numbers, such as a stride or a grid, as plain ones."""
+    z, y, x = values.tolist()
+    return z, y, x
+
+
 def cell_of_points(points_zyx_vox: np.ndarray, stride_zyx_vox: Triple, grid_zyx: Triple) -> np.ndarray:
     """(n, 3) int cells that hold the points; points beyond the grid fall into its border cells, each axis by its own
     length.

@@ -19,7 +19,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,14 @@ class Store:
 
     # ---------------------------------------------------------------- scans
 
-    def ids(self) -> list[str]:
-        """The complete scans, sorted."""
-        return sorted(
-            key[len("scans/") : -len("/scan.json")]
-            for key in self._files.list("scans/")
-            if key.endswith("/scan.json") and key.count("/") == 2
-        )
+    def ids(self, having: str | None = None) -> list[str]:
+        """The complete scans, sorted; all, or those that have an array of this name."""
+        files: dict[str, list[str]] = {}
+        for key in self._files.list("scans/"):
+            id, _, file = key.removeprefix("scans/").partition("/")
+            files.setdefault(id, []).append(file)
+        complete = sorted(id for id, names in files.items() if "scan.json" in names)
+        return complete if having is None else [id for id in complete if _whole(_below(f"{having}/", files[id]))]
 
     def scan(self, id: str) -> Scan:
         """The description of one scan."""
@@ -197,9 +198,7 @@ class Store:
     def has_array(self, id: str, name: str) -> bool:
         """Whether the array is there, completely written."""
         prefix = _key(id, name)
-        keys = [key.removeprefix(prefix) for key in self._files.list(prefix)]
-        # The metadata is written first and the only shard last, in one atomic step.
-        return "zarr.json" in keys and any(key.startswith("c/") and "__lock" not in key for key in keys)
+        return _whole(_below(prefix, self._files.list(prefix)))
 
     def read_array(self, id: str, name: str) -> np.ndarray:
         """A whole array of a scan."""
@@ -351,6 +350,16 @@ def _region(handle: ts.TensorStore, start: Sequence[int], shape: Sequence[int], 
     if inside.size:
         region[tuple(slice(lo - s, hi - s) for lo, hi, s in zip(low, high, start, strict=True))] = inside
     return region
+
+
+def _below(prefix: str, keys: Sequence[str]) -> list[str]:
+    """The keys that begin with a prefix, without it."""
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+
+
+def _whole(files: Collection[str]) -> bool:
+    """Whether an array with these files is completely written: its metadata come first and its only shard last."""
+    return "zarr.json" in files and any(file.startswith("c/") and "__lock" not in file for file in files)
 
 
 def _half(shape_zyx: Sequence[int]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from alice_jax import checkpoint, contract, pretrained, sharding, tasks
 from alice_jax.contract import Contract
 from alice_jax.data import matching
+from alice_jax.data.cells import triple
 from alice_jax.data.class_views import grid_crops, with_body
 from alice_jax.data.codec import normalise
 from alice_jax.data.embeddings import body_cells
@@ -110,7 +111,7 @@ class TrainedBackbone:
                 hats = [1 - np.abs((np.arange(n) + 0.5) / n - 0.5) * 2 for n in values.shape[:3]]
                 weight = np.einsum("i,j,k->ijk", *hats)[..., None].astype(np.float32)
             sums[tuple(slice(a, a + n) for a, n in zip(start // stride, values.shape, strict=False))] += weight * values
-        stride_zyx, grid = _triple(stride), _triple(-(-np.array(shape) // stride))
+        stride_zyx, grid = triple(stride), triple(-(-np.array(shape) // stride))
         cells = np.argwhere(body_cells(store.foreground(id), grid, stride_zyx))
         return CellVectors(shape, stride_zyx, cells, normalise(sums[tuple(cells.T)]))
 
@@ -153,11 +154,6 @@ class TrainedBackbone:
             filled = np.stack([*volumes, *[volumes[0]] * (size - len(batch))])  # so that one shape is compiled
             values = function(params, jax.device_put(filled, sharding.by_sample(self._mesh)))
             yield from zip(names, np.asarray(values), strict=False)
-
-
-def _triple(values: np.ndarray) -> Triple:
-    z, y, x = values.tolist()
-    return z, y, x
 
 
 def load(workdir: str, which: str = "teacher", flag: str = "--workdir") -> TrainedBackbone:

@@ -32,6 +32,11 @@ class Scores:
     nsd: float
 
 
+def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """2 |A ∩ B| / (|A| + |B|) of two bool masks of the same shape; NaN where both are empty."""
+    return float(surface_distance.compute_dice_coefficient(truth, predicted))
+
+
 def score(truth: np.ndarray, predicted: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float) -> Scores:
     """Of two bool masks of the same shape, with the spacing along each axis."""
     if not truth.any() and not predicted.any():
@@ -40,7 +45,7 @@ def score(truth: np.ndarray, predicted: np.ndarray, spacing_mm: Sequence[float],
         return Scores(0.0, float(np.linalg.norm(np.multiply(truth.shape, spacing_mm))), 0.0)
     distances = surface_distance.compute_surface_distances(truth, predicted, spacing_mm)
     return Scores(
-        float(surface_distance.compute_dice_coefficient(truth, predicted)),
+        dice(truth, predicted),
         float(surface_distance.compute_robust_hausdorff(distances, PERCENT)),
         float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm)),
     )

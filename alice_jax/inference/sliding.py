@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from alice_jax import sharding
+from alice_jax.contract import Contract
 from alice_jax.data.store import AIR_HU
+from alice_jax.models.backbone import Backbone
 
 Triple = tuple[int, int, int]
 # segment(params, (n, d, h, w, 1) float32 from 0 to 1) -> logits (n, d, h, w, classes)
@@ -95,6 +97,16 @@ class Sliding:
             return _mirrored(segment(params, _mirrored(x[..., None], mirrored)), mirrored)
 
         self._logits = jax.jit(logits, in_shardings=(everywhere, self._rows, None), out_shardings=self._rows)
+
+    @staticmethod
+    def of(network: Backbone, params: Any, contract: Contract, **settings: Any) -> "Sliding":
+        """A segmentation network as `tasks.segment.load` gives it; `settings` are those from `overlap` on."""
+
+        def segment(params: Any, windows: jax.Array) -> jax.Array:
+            logits: Any = network.apply({"params": params}, windows, method="segment")
+            return logits[0]
+
+        return Sliding(segment, params, contract.crop_shape_zyx, contract.window_hu, **settings)
 
     @functools.cached_property
     def classes(self) -> int:

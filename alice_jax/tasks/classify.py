@@ -1,6 +1,5 @@
 """Classification of scans: network, recipe and samples of `objectives/classification`."""
 
-import math
 import os
 from collections.abc import Mapping
 
@@ -8,7 +7,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from alice_jax import optimizer, schedules
+from alice_jax import optimizer
 from alice_jax.data import class_labels
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.class_views import ClassSampler
@@ -18,7 +17,7 @@ from alice_jax.evaluation import class_scores
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import classification
 from alice_jax.tasks import backbones, segment
-from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, epoch_of, learning_rate, split
 
 KINDS = ("finetune", "probe")
 
@@ -76,11 +75,7 @@ def task(config: ConfigDict, store: Store) -> Task:
     here = contract_of(store, config.views.window_hu, config.views.crop_shape_zyx, labels.names)
     start = segment.start_of(config, network, here, "encode")
     recipe, frozen = config.optimizer, config.method.kind == "probe"
-    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
-    warmup = schedules.duration(recipe.warmup, "optimizer.warmup", steps_per_epoch, config.steps)
-
-    def learning_rate(step):
-        return schedules.warmup_cosine(step + 1, recipe.lr, recipe.min_lr, config.steps + 1, warmup)
+    rate = learning_rate(config, epoch_of(scans, config))
 
     def sampler(ids: tuple[str, ...], crops: int) -> ClassSampler:
         return ClassSampler(store, ids, labels.targets[labels.rows(ids)], here.crop_shape_zyx, here.window_hu, crops)
@@ -92,12 +87,12 @@ def task(config: ConfigDict, store: Store) -> Task:
             multi=labels.multi,
             frozen=frozen,
             optimizer=optimizer.grouped_adamw(
-                learning_rate=learning_rate,
+                learning_rate=rate,
                 weight_decay=lambda step: recipe.weight_decay,
                 group_rules=[(r"^backbone/", "frozen")] * frozen + [(r"/(bias|scale)$", "plain"), (r"", "decayed")],
                 clip=optax.clip_by_global_norm(recipe.clip),
             ),
-            schedules={"learning_rate": learning_rate},
+            schedules={"learning_rate": rate},
             judge=judge,
             start=start.taken if start else None,
         ),

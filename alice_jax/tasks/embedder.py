@@ -1,7 +1,6 @@
 """The anatomical embedder: network, recipe and samples of `objectives/embedder`."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict
 
-from alice_jax import checkpoint, schedules
+from alice_jax import checkpoint
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler
 from alice_jax.data.embeddings import EmbeddingReader, read_codec
 from alice_jax.data.store import Store
@@ -17,7 +16,7 @@ from alice_jax.errors import UserError
 from alice_jax.interop import embedder as embedder_weights
 from alice_jax.models.embedder import Embedder, strides_zyx
 from alice_jax.objectives import embedder
-from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, epoch_of, learning_rate, split
 
 
 def network_of(model: Mapping[str, Any], dtype: Any) -> Embedder:
@@ -84,17 +83,12 @@ def task(config: ConfigDict, store: Store) -> Task:
     if not scans:
         raise UserError(f"data.store {store.path}: holds no scans; prepare some")
     optimizer, views = config.optimizer, config.views
-    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
-    warmup = schedules.duration(optimizer.warmup, "optimizer.warmup", steps_per_epoch, config.steps)
-
-    def learning_rate(step):
-        return schedules.warmup_cosine(step + 1, optimizer.lr, optimizer.min_lr, config.steps + 1, warmup)
-
+    rate = learning_rate(config, epoch_of(scans, config))
     if optimizer.kind == "sgd":
-        update = optax.sgd(learning_rate, momentum=optimizer.momentum)
+        update = optax.sgd(rate, momentum=optimizer.momentum)
         update = optax.chain(optax.add_decayed_weights(optimizer.weight_decay), update)
     elif optimizer.kind == "adamw":
-        update = optax.adamw(learning_rate, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
+        update = optax.adamw(rate, b2=optimizer.b2, weight_decay=optimizer.weight_decay)
     else:
         raise UserError(f"optimizer.kind {optimizer.kind!r}: choose sgd or adamw")
     if optimizer.clip:
@@ -127,7 +121,7 @@ def task(config: ConfigDict, store: Store) -> Task:
             candidates=config.loss.candidates,
             statistics_momentum=config.model.statistics_momentum,
             optimizer=update,
-            schedules={"learning_rate": learning_rate},
+            schedules={"learning_rate": rate},
             start=start_values(config.init_from, network) if config.init_from else None,
         ),
         sampler=sampler(scans),

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from alice_jax import schedules
+from alice_jax.data.cells import triple
 from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.partners import read_patients
 from alice_jax.data.store import Store
@@ -16,7 +18,7 @@ from alice_jax.data.views import WEAK, WINDOW_HU, PairSampler
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective, alice
 from alice_jax.tasks import backbones
-from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
+from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, split
 
 
 def networks(config: ConfigDict) -> alice.Alice:
@@ -98,10 +100,8 @@ def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
 
 def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Crop shape and mask grid, one cell for each encoder token; refuses what the networks cannot take."""
-    crop = tuple(config.views.crop_shape_zyx)
     stride = backbones.make(config.model).token_stride_zyx
-    if len(crop) != 3 or any(size <= 0 or size % step for size, step in zip(crop, stride, strict=True)):
-        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride}")
+    crop = checked_crop(config.views.crop_shape_zyx, stride)
     if config.views.kind not in ("mined", "random"):
         raise UserError(f"views.kind {config.views.kind!r}: choose mined or random")
     for name, choices in (("weak", WEAK), ("same_patient", ("avoid", "allow")), ("partners", ("region", "any"))):
@@ -121,7 +121,7 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int
         raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
     if not any(config.loss.values()) or any(weight < 0 for weight in config.loss.values()):
         raise UserError(f"loss {dict(config.loss)}: the weights must be 0 or more, one of them above 0")
-    grid = tuple(size // step for size, step in zip(crop, stride, strict=True))
+    grid = triple(np.array(crop) // stride)
     if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
         raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")
     return crop, grid
@@ -188,7 +188,7 @@ def task(config: ConfigDict, store: Store) -> Task:
         )
 
     return Task(
-        objective=objective(config, steps_per_epoch=math.ceil(len(scans) / config.batch_size)),
+        objective=objective(config, steps_per_epoch=epoch_of(scans, config)),
         sampler=sampler(scans),
         scans=scans,
         validation_sampler=sampler(validation_scans),

@@ -1,7 +1,6 @@
 """Segmentation: network, recipe and samples of `objectives/segmentation`."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from alice_jax.interop.names import leaves
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import segmentation
 from alice_jax.tasks import backbones
-from alice_jax.tasks.task import Task, compute_dtype, contract_of, split
+from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, learning_rate, split
 
 PARTS = ("all", "encoder")
 Shapes = dict[str, tuple[int, ...]]
@@ -101,7 +100,7 @@ def _listed(text: str) -> list[str]:
 
 def divided(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Training and validation scans, all of them labelled; those of a patient stay together."""
-    labelled = [id for id in store.ids() if store.has_array(id, label_maps.ARRAY)]
+    labelled = store.ids(having=label_maps.ARRAY)
     if not labelled:
         raise UserError(
             f"data.store {store.path}: none of its {len(store.ids())} scans has labels; see docs/prepare.md"
@@ -180,9 +179,7 @@ def group_rules(taken: Collection[str], held: bool) -> optimizer.Rules:
 
 def check(config: ConfigDict) -> None:
     """Refuses settings that the network or the sampler could not work with."""
-    crop, stride_zyx = tuple(config.views.crop_shape_zyx), network_of(config, 2).token_stride_zyx
-    if len(crop) != 3 or any(size <= 0 or size % stride for size, stride in zip(crop, stride_zyx, strict=True)):
-        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {stride_zyx}")
+    checked_crop(config.views.crop_shape_zyx, network_of(config, 2).token_stride_zyx)
     low, high = config.views.window_hu
     if not low < high:
         raise UserError(f"views.window_hu {tuple(config.views.window_hu)}: give the lowest and the highest HU")
@@ -215,14 +212,9 @@ def task(config: ConfigDict, store: Store) -> Task:
     if start:
         notes.append(start.account(f"init_from {config.init_from}"))
 
-    recipe, total = config.optimizer, config.steps
-    steps_per_epoch = math.ceil(len(scans) / config.batch_size)
-    warmup = schedules.duration(recipe.warmup, "optimizer.warmup", steps_per_epoch, total)
-    held_steps = schedules.duration(recipe.freeze, "optimizer.freeze", steps_per_epoch, total)
-
-    def learning_rate(step):
-        return schedules.warmup_cosine(step + 1, recipe.lr, recipe.min_lr, total + 1, warmup)
-
+    recipe, epoch = config.optimizer, epoch_of(scans, config)
+    rate = learning_rate(config, epoch)
+    held_steps = schedules.duration(recipe.freeze, "optimizer.freeze", epoch, config.steps)
     encoder = shapes_of(network, here.crop_shape_zyx, "encode")
 
     def sampler(ids: tuple[str, ...], augmentation: Augmentation | None) -> SegmentationSampler:
@@ -243,14 +235,14 @@ def task(config: ConfigDict, store: Store) -> Task:
             class_names,
             segmentation.Weights(**config.loss),
             optimizer=optimizer.grouped_adamw(
-                learning_rate=learning_rate,
+                learning_rate=rate,
                 weight_decay=lambda step: recipe.weight_decay,
                 group_rules=group_rules(taken, held_steps > 0),
                 clip=optax.clip_by_global_norm(recipe.clip),
                 held_steps=held_steps,
                 rate_rules=rate_rules(taken, encoder, recipe.pretrained_rate, recipe.layer_decay),
             ),
-            schedules={"learning_rate": learning_rate},
+            schedules={"learning_rate": rate},
             start=taken,
         ),
         sampler=sampler(scans, Augmentation(**{name: tuple(value) for name, value in config.augmentation.items()})),

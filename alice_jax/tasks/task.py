@@ -1,12 +1,15 @@
 """What every task is made of."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from alice_jax import schedules
 from alice_jax.contract import Contract
 from alice_jax.data.pipeline import Sampler
 from alice_jax.data.store import Store
@@ -72,6 +75,26 @@ def split(
     return tuple(s for s in scans if patient_of[s] not in held_out), tuple(
         s for s in scans if patient_of[s] in held_out
     )
+
+
+def checked_crop(crop_shape_zyx: Sequence[int], stride_zyx: Sequence[int]) -> tuple[int, int, int]:
+    """The shape of crops, of which a network with this token stride sees no part of a token."""
+    crop = tuple(crop_shape_zyx)
+    if len(crop) != 3 or any(size <= 0 or size % step for size, step in zip(crop, stride_zyx, strict=True)):
+        raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {tuple(stride_zyx)}")
+    return crop
+
+
+def epoch_of(scans: Sequence[str], config: ConfigDict) -> int:
+    """Steps in which each training scan is drawn about once."""
+    return math.ceil(len(scans) / config.batch_size)
+
+
+def learning_rate(config: ConfigDict, steps_per_epoch: int) -> Callable[[Any], Any]:
+    """`config.optimizer`'s warm-up and cosine as a function of the step; the first update is no empty one."""
+    recipe, total = config.optimizer, config.steps
+    warmup = schedules.duration(recipe.warmup, "optimizer.warmup", steps_per_epoch, total)
+    return lambda step: schedules.warmup_cosine(step + 1, recipe.lr, recipe.min_lr, total + 1, warmup)
 
 
 def compute_dtype(precision: str) -> Any:
