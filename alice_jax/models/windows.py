@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alice_jax.models.layers import Linear
+from alice_jax.models.layers import Linear, by_platform
 
 Grid = tuple[int, ...]  # depth, height, width
 
@@ -176,9 +176,7 @@ def _attend_gradient(saved, gradient):
     of_weights = jnp.einsum("...qe,...pe->...qp", gradient, value, preferred_element_type=jnp.float32)
     own = jnp.sum(gradient.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
     of_logits = weights * (of_weights - own)
-    # XLA's own sum over the windows takes a CPU as long as the rest of attention's gradient.
-    ones = jnp.ones(of_logits.shape[:2], jnp.float32)
-    of_bias = jnp.einsum("bn,bnkqp->bkqp", ones, of_logits, precision="highest")
+    of_bias = by_platform(of_logits, cpu=_sum_of_windows, others=lambda x: x.sum(axis=1))
     of_query = jnp.einsum(
         "...qp,...pe->...qe", of_logits.astype(dtype), key, preferred_element_type=jnp.float32
     ).astype(dtype)
@@ -187,14 +185,24 @@ def _attend_gradient(saved, gradient):
     return of_query, of_key, of_value, of_bias, None
 
 
-def _transposed_product(pairs: jax.Array, x: jax.Array) -> jax.Array:
-    """pairsᵀ x: (…, q, p), (…, q, e) -> (…, p, e) float32, by transposing the small factor and the small result.
+def _sum_of_windows(pairs: jax.Array) -> jax.Array:
+    """(b, n, k, q, p) -> (b, k, q, p) as a product: XLA's sum takes a CPU as long as the rest of the gradient."""
+    return jnp.einsum("bn,bnkqp->bkqp", jnp.ones(pairs.shape[:2], jnp.float32), pairs, precision="highest")
 
-    The barriers keep XLA from transposing `pairs` instead, for which a CPU has no fast product.
-    """
-    rows = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-    product = jnp.einsum("...eq,...qp->...ep", rows, pairs, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product).swapaxes(-1, -2)
+
+def _transposed_product(pairs: jax.Array, x: jax.Array) -> jax.Array:
+    """pairsᵀ x: (…, q, p), (…, q, e) -> (…, p, e) float32."""
+
+    def of_small_ones(pairs: jax.Array, x: jax.Array) -> jax.Array:
+        # The barriers keep XLA from transposing `pairs` in place of `x` and the result: a CPU has no fast product then.
+        rows = jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+        product = jnp.einsum("...eq,...qp->...ep", rows, pairs, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(product).swapaxes(-1, -2)
+
+    def plain(pairs: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...qp,...qe->...pe", pairs, x, preferred_element_type=jnp.float32)
+
+    return by_platform(pairs, x, cpu=of_small_ones, others=plain)
 
 
 attend.defvjp(_attend, _attend_gradient)
