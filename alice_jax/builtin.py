@@ -69,7 +69,8 @@ def labelled_path() -> str:
 def labelled_patients() -> str:
     """The path of the store with labels.csv, after making what is missing.
 
-    Labels: "phase" of the contrast (none, arterial or portal), and 1 for a "lesion", else 0.
+    Labels: what a scan shows ("view": torso, chest or abdomen), the "phase" of its contrast (none, arterial or portal),
+    and 1 for a "lesion", else 0.
     """
     store = labelled_path()
     cli.say(f"data.store is not set: using {len(LABELLED)} labelled phantom patients in {store}")
@@ -77,9 +78,9 @@ def labelled_patients() -> str:
     path = os.path.join(store, class_labels.FILE)
     with open(f"{path}.partial", "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow([class_labels.SCAN, "phase", "lesion"])
+        rows.writerow([class_labels.SCAN, "view", "phase", "lesion"])
         for patient in map(phantom.Patient, LABELLED):
-            rows.writerow([phantom.scan_id(patient.seed), patient.phase, int(patient.has_lesion)])
+            rows.writerow([phantom.scan_id(patient.seed), patient.view, patient.phase, int(patient.has_lesion)])
     os.replace(f"{path}.partial", path)
     return store
 
