@@ -27,13 +27,17 @@ Tree = Any
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, parameters: int = 1) -> Mesh:
-    """All devices of all processes, or those given; the state is divided over groups of `parameters` of them."""
+    """All devices of all processes, or those given; the state is divided over groups of `parameters` of them.
+
+    They lie in the order of their processes, since each process brings a contiguous share of the rows of a batch.
+    `jax.make_mesh` may mix processes for the sake of a ring, and refuses several slices and some groups on a torus.
+    """
     devices = jax.devices() if devices is None else devices
     if parameters < 1 or len(devices) % parameters:
         raise UserError(f"mesh.parameters {parameters}: must divide the number of devices, {len(devices)}")
-    shape = (len(devices) // parameters, parameters)
-    # Explicit axes, the default, would ask every matmul of the model for an output sharding.
-    return jax.make_mesh(shape, (DATA, PARAMETERS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    ordered = np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))
+    # Axes are automatic: explicit ones would ask every matmul of the model for an output sharding.
+    return Mesh(ordered.reshape(-1, parameters), (DATA, PARAMETERS), axis_types=(AxisType.Auto,) * 2)
 
 
 def platform(mesh: Mesh) -> str:
