@@ -130,7 +130,8 @@ def speed(program: Program, config: ConfigDict, target: Slice) -> list[str]:
     for each in program.products:
         filled, stored = each.filled_flops / each.flops, each.stored / each.numbers
         lines.append(f"  {each.name:20}{each.flops / 1e9:7.1f}{filled:21.1f}{stored:23.1f}")
-    bound = roofline.bound(program.flops, program.moved, program.collectives, chip, target.chips)
+    groups = config.mesh.parameters
+    bound = roofline.bound(program.flops, program.moved, program.collectives, chip, target.chips, groups)
     filled = sum(each.filled_flops - each.flops for each in program.products) / chip.flops
     return [
         *lines,
@@ -282,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     done = Compiled.kept_in(args.json)
     if target is None:
+        if config.mesh.parameters != 1:
+            raise UserError(f"mesh.parameters {config.mesh.parameters}: --sweep is for 1; give a slice by --topology")
         rows = swept(done, config, args.sweep or topologies.SWEEP, args.price_per_chip_hour)
         print(table(rows))
         if args.plot:

@@ -99,6 +99,13 @@ def test_the_bound_adds_the_network_to_the_slower_of_computing_and_moving():
     assert bound.step == pytest.approx(2.15)
 
 
+def test_gathers_and_scatters_stay_within_a_group():
+    """Of 4 of 16 chips: 3/4 of 16 GB each way at 200 GB/s, and 30 GB of the all-reduce among all."""
+    sent = [("all-gather", 16 * 10**9, 1), ("all-reduce", 16 * 10**9, 1), ("reduce-scatter", 16 * 10**9, 1)]
+    assert roofline.network_seconds(sent, 16, 200e9, parameters=4) == pytest.approx((12 + 30 + 12) / 200)
+    assert roofline.network_seconds(sent, 16, 200e9, parameters=16) == pytest.approx((15 + 30 + 15) / 200)
+
+
 def step(config, target):
     """For `compile_step`: 1 GB of state, 2 GB a pair and stage that is not computed again; above 33 none fits."""
     pairs = config.batch_size // target.chips
@@ -194,6 +201,8 @@ def test_what_train_refuses_is_refused(counted, monkeypatch):
     with pytest.raises(UserError, match=r"^batch_size 0: give a whole number of 1 or more"):
         main(monkeypatch, "--topology=v5e:4x4", "--config.batch_size=0")
     assert counted == []
+    with pytest.raises(UserError, match=r"^mesh\.parameters 16: --sweep is for 1; give a slice by --topology"):
+        main(monkeypatch, "--sweep", "v5e-16", "--config.mesh.parameters=16")
 
 
 def run(*arguments):
