@@ -73,8 +73,16 @@ def global_parts(mesh: Mesh, local: dict[str, np.ndarray], parts: int) -> list[d
 
 
 def of_all_processes(local: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of the global batch, on every host, from those that each process holds."""
-    return local if jax.process_count() == 1 else multihost_utils.process_allgather(local, tiled=True)
+    """The rows of the global batch, on every host, from those that each process holds; sent as one array of bytes."""
+    if jax.process_count() == 1:
+        return local
+    rows = [np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8) for values in local.values()]
+    sent = multihost_utils.process_allgather(np.concatenate(rows, axis=1), tiled=True)
+    parts = np.split(np.asarray(sent), np.cumsum([part.shape[1] for part in rows])[:-1], axis=1)
+    return {
+        name: np.ascontiguousarray(part).view(values.dtype).reshape(-1, *values.shape[1:])
+        for (name, values), part in zip(local.items(), parts, strict=True)
+    }
 
 
 def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:

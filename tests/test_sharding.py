@@ -209,3 +209,20 @@ def test_devices_lie_in_the_order_of_their_processes(parameters, slices):
     assert mesh.shape == {"data": 16 * slices // parameters, "parameters": parameters}
     assert [chip.process_index for chip in mesh.devices.flat] == [i for i in range(4 * slices) for _ in range(4)]
     assert [chip.id for chip in mesh.devices.flat][:8] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_what_processes_know_of_their_rows_is_gathered_at_once(monkeypatch):
+    gathered = []
+
+    def twice(rows, tiled):  # as if another process held the same
+        gathered.append(rows)
+        return np.concatenate([rows, rows])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", twice)
+    weak, points = np.array([True, False, True]), np.arange(18, dtype=np.int32).reshape(3, 2, 3)
+    local = {"score": np.float64([0.1, np.nan, 3]), "weak": weak, "points": points}
+    found = sharding.of_all_processes(local)
+    assert len(gathered) == 1 and list(found) == list(local)
+    for name, values in local.items():
+        np.testing.assert_array_equal(found[name], np.concatenate([values, values]), strict=True)
