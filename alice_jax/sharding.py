@@ -153,8 +153,9 @@ def on_whole(function: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable
 
 def on_mesh(objective: Objective, mesh: Mesh, rules: Rules) -> Objective:
     """The objective for parameters that are divided over a mesh."""
-    loss, features = (on_whole(function, mesh, rules) for function in (objective.loss, objective.features))
-    return dataclasses.replace(objective, loss=loss, features=features)
+    given_parameters = ("loss", "features", "predict")
+    whole: dict[str, Any] = {name: on_whole(getattr(objective, name), mesh, rules) for name in given_parameters}
+    return dataclasses.replace(objective, **whole)
 
 
 def compiled_eval(

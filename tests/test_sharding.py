@@ -121,6 +121,20 @@ def test_the_second_step_compiles_nothing(how):
         step(state, batch)
 
 
+def test_whatever_validation_computes_sees_whole_parameters():
+    mesh, state, batch, _ = made(FSDP)
+    seen = []
+
+    def seeing(params, extra, batch):
+        jax.debug.inspect_array_sharding(params["last"]["kernel"], callback=seen.append)
+        return {}
+
+    watching = dataclasses.replace(objective(), features=seeing, predict=seeing)
+    sharding.compiled_eval(watching, KEY, mesh, RULES).lower(state, batch[0]).compile()
+    assert [place.is_fully_replicated for place in seen] == [True, True]
+    assert not state.params["last"]["kernel"].sharding.is_fully_replicated
+
+
 def test_a_checkpoint_goes_on_upon_any_mesh(tmp_path):
     _, state, _, _ = advanced(MIXED)
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
