@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import cli
-from alice_jax.ahead import compiling, padding, roofline, topologies
+from alice_jax import cli, train
+from alice_jax.ahead import compiling, roofline, topologies
 from alice_jax.ahead.compiling import Program
 from alice_jax.ahead.topologies import Slice
 from alice_jax.errors import UserError
@@ -39,15 +40,18 @@ class Compiled:
     """Programs compiled now or, with a file, before."""
 
     file: Path | None
-    programs: dict[str, Any]
+    programs: dict[str, Program]
 
     @classmethod
     def kept_in(cls, file: str | None) -> "Compiled":
         path = Path(file) if file else None
         try:
-            return cls(path, json.loads(path.read_text()) if path and path.exists() else {})
-        except (OSError, ValueError) as error:
-            raise UserError(f"--json {file}: cannot be read ({error}); name another file") from error
+            kept = json.loads(path.read_text()) if path and path.exists() else {}
+            return cls(path, {key: Program.from_dict(fields) for key, fields in kept.items()})
+        except OSError as error:
+            raise UserError(f"--json {file}: cannot be read ({error.strerror}); name another file") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"--json {file}: holds no programs of this version ({error}); name another file") from error
 
     @staticmethod
     def _key(config: ConfigDict, target: Slice) -> str:
@@ -62,12 +66,11 @@ class Compiled:
         key = self._key(config, target)
         if key not in self.programs:
             print(f"compiling for {key.rpartition(',')[0]} …", file=sys.stderr, flush=True)
-            program = compiling.compile_step(config, topologies.devices(target), target.chip.unit)
-            self.programs[key] = dataclasses.asdict(program)
+            self.programs[key] = compiling.compile_step(config, topologies.devices(target), target.chip.unit)
             if self.file:
-                self.file.write_text(json.dumps(self.programs, indent=1) + "\n")
-        fields = self.programs[key]
-        return Program(**fields | {"products": [padding.Product(**product) for product in fields["products"]]})
+                kept = {key: dataclasses.asdict(program) for key, program in self.programs.items()}
+                cli.write(self.file, json.dumps(kept, indent=1).encode() + b"\n", "--json")
+        return self.programs[key]
 
 
 def with_fields(config: ConfigDict, **fields: Any) -> ConfigDict:
@@ -127,7 +130,8 @@ def speed(program: Program, config: ConfigDict, target: Slice) -> list[str]:
     for each in program.products:
         filled, stored = each.filled_flops / each.flops, each.stored / each.numbers
         lines.append(f"  {each.name:20}{each.flops / 1e9:7.1f}{filled:21.1f}{stored:23.1f}")
-    bound = roofline.bound(program.flops, program.moved, program.collectives, chip, target.chips)
+    groups = config.mesh.parameters
+    bound = roofline.bound(program.flops, program.moved, program.collectives, chip, target.chips, groups)
     filled = sum(each.filled_flops - each.flops for each in program.products) / chip.flops
     return [
         *lines,
@@ -166,7 +170,8 @@ def fitted(done: Compiled, config: ConfigDict, target: Slice, memory: float) -> 
     pairs, remat = found[-1] if found[-1][0] >= share else max(found, key=lambda each: each[0])
     if not pairs:
         return "\n".join([*lines, f"nothing fits {memory / GB:.1f} GB: choose smaller crops or a smaller model"])
-    return "\n".join([*lines, f"--config.batch_size={min(pairs, share) * target.chips} --config.model.remat={remat}"])
+    batch, stages = min(pairs, share) * target.chips, shlex.quote(str(remat))
+    return "\n".join([*lines, f"--config.batch_size={batch} --config.model.remat={stages}"])
 
 
 # ---------------------------------------------------------------- many slices
@@ -273,14 +278,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.read_configuration(values, config_flags.DEFINE_config_file("config", flag_values=values), rest)
     if config.objective != "alice":
         raise UserError(f"objective {config.objective!r}: only pretraining (configs/pretrain.py) is compiled ahead")
+    train.check(config)
     target = topologies.H200 if args.target else topologies.named(args.topology) if args.topology else None
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     done = Compiled.kept_in(args.json)
     if target is None:
+        if config.mesh.parameters != 1:
+            raise UserError(f"mesh.parameters {config.mesh.parameters}: --sweep is for 1; give a slice by --topology")
         rows = swept(done, config, args.sweep or topologies.SWEEP, args.price_per_chip_hour)
         print(table(rows))
         if args.plot:
-            Path(args.plot).write_bytes(plotted(rows))
+            cli.write(Path(args.plot), plotted(rows), "--plot")
         return 0
     config = divisible(config, target)
     if args.fit is not None:

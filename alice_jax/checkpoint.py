@@ -18,12 +18,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from alice_jax.errors import Stalled, UserError
@@ -45,8 +45,10 @@ def _unless_loop_is_closed(unraisable: Any) -> None:
 sys.unraisablehook = _unless_loop_is_closed
 
 
-def _directory(workdir: str) -> epath.Path:
-    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+def _directory(workdir: str) -> Path:
+    if "://" in workdir:
+        raise UserError(f"--workdir {workdir}: mount the bucket and give a folder in it, see launch/README.md")
+    return Path(os.path.abspath(workdir))
 
 
 class Checkpoints:
@@ -65,7 +67,7 @@ class Checkpoints:
             for step in newest_intact(workdir)[1]:
                 aside = self._folder / f"{step}.damaged"
                 if aside.exists():
-                    aside.rmtree()
+                    shutil.rmtree(aside)
                 (self._folder / str(step)).rename(aside)
         multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
         options = ocp.CheckpointManagerOptions(
@@ -93,7 +95,7 @@ class Checkpoints:
     def check_space(self, shapes: Tree) -> None:
         """A `UserError` where the disk has no room for as many states as are kept, and the one being written."""
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-        held = sum(file.stat().length for step in _steps(self._folder) for file in _files(self._folder / str(step)))
+        held = sum(file.stat().st_size for step in _steps(self._folder) for file in _files(self._folder / str(step)))
         free = shutil.disk_usage(self._folder).free
         if held + free < (self._keep + 1) * size:
             raise UserError(
@@ -147,29 +149,29 @@ class Checkpoints:
             ) from error
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def _steps(folder: Path) -> list[int]:
     """Of the checkpoints that were completed, oldest first."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
+def _files(folder: Path) -> list[Path]:
     """All files below a folder."""
     below = (_files(path) if path.is_dir() else [path] for path in sorted(folder.iterdir()))
     return [file for files in below for file in files]
 
 
-def _digest(path: epath.Path) -> str:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksums(folder: epath.Path) -> dict[str, str]:
+def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 by file of a checkpoint, but for those of Orbax that hold times alone and that it writes at the end."""
     unchecked = (folder / CHECKSUMS, folder / "_CHECKPOINT_METADATA", folder / "commit_success.txt")
     return {file.relative_to(folder).as_posix(): _digest(file) for file in _files(folder) if file not in unchecked}
 
 
-def damage(folder: epath.Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         written = json.loads((folder / CHECKSUMS).read_text())

@@ -42,6 +42,14 @@ def check_folder_of(flag: str, path: str | None) -> None:
         raise UserError(f"{flag} {path}: its folder does not exist; create it or name another file")
 
 
+def write(path: Path, content: bytes, flag: str) -> None:
+    """Writes the file that a flag names; a `UserError` where that cannot be."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; choose another place") from error
+
+
 def complain(error: UserError) -> None:
     """One line on stderr."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -59,7 +59,7 @@ def found(timeout_s: int = JOIN_TIMEOUT_S) -> Place:
         )
         if address is not None and processes is not None and index is not None:
             return Place(address, processes, index)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # the last of a metadata server that does not answer
         reason = f" ({error})"
     raise UserError(
         f"--distributed: JAX finds no cluster that this process is part of{reason}; start it by srun or by a script of "

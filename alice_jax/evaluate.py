@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_about(kind, truth) + "\n")
         numbers[kind] = {"pairs": answers.pairs, "rows": summaries(answers)}
     if args.json:
-        Path(args.json).write_text(json.dumps(_without_nan(numbers), indent=2) + "\n")
+        cli.write(Path(args.json), json.dumps(_without_nan(numbers), indent=2).encode() + b"\n", "--json")
     return 0
 
 

@@ -210,14 +210,7 @@ def _write_results(path: Path, result: Transfer, lps: bool) -> None:
         writer.writeheader()
         writer.writerows(table)
         text = buffer.getvalue()
-    _write(path, text.encode(), "--results")
-
-
-def _write(path: Path, content: bytes, flag: str) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; choose another place") from error
+    cli.write(path, text.encode(), "--results")
 
 
 # -------------------------------------------------------------------- the command
@@ -245,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = transfer(store, ids[0], points, ids[1])
     print("\n".join(lines(result, names, args.lps)))
     out = Path(args.out or f"match_{_file_name(names[0])}_to_{_file_name(names[1])}.png")
-    _write(out, draw(store, result, names), "--out")
+    cli.write(out, draw(store, result, names), "--out")
     left = len(result.match.scores) - MOST_ROWS
     print(f"picture: {out}" + (f" (the first {MOST_ROWS} points)" if left > 0 else ""))
     if args.results:

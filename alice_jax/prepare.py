@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     prepared = [outcome for outcome in outcomes if outcome.id is not None]
     quarantined = [outcome for outcome in outcomes if outcome.id is None]
-    scans = [store.scan(str(outcome.id)) for outcome in prepared]
+    scans = store.scans([str(outcome.id) for outcome in prepared])
     _print_report(store, scans, prepared, quarantined, found.ignored, time.time() - start)
     if args.json:
         _write_json(Path(args.json), prepared, scans, quarantined)
@@ -123,7 +123,7 @@ def prepare(
     Args:
       task_index, task_count: this call takes every task_count-th source from task_index on.
     """
-    scans = [store.scan(id) for id in store.ids()]
+    scans = Store.open(store.path).scans(store.ids())  # `store` would remember what workers are about to change
     known_ids = {scan.extra["source"]["path"]: scan.id for scan in scans if "source" in scan.extra}
     jobs = sources.assign_ids(found, known_ids)[task_index::task_count]  # ids first, so that all tasks agree on them
     results: dict[int, list[Outcome]] = {}
@@ -138,11 +138,13 @@ def prepare(
 
 def _without_duplicates(store: Store, outcomes: list[Outcome]) -> list[Outcome]:
     """Workers do not see each other: of files with the same content prepared side by side the first one stays."""
+    scans = store.scans([outcome.id for outcome in outcomes if outcome.id is not None])
+    hashes = {scan.id: scan.sha256 for scan in scans}
     first: dict[str, Outcome] = {}
     result = []
     for outcome in outcomes:
         if outcome.id is not None:
-            original = first.setdefault(store.scan(outcome.id).sha256, outcome)
+            original = first.setdefault(hashes[outcome.id], outcome)
             if original.id != outcome.id:
                 store.delete_scan(outcome.id)
             if original is not outcome:

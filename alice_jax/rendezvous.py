@@ -21,6 +21,7 @@ Hello = dict[str, Any]  # what a process says of itself: index, processes, host,
 KEEPALIVE_S = 40
 _FIRST_PROBE_S, _PROBE_EVERY_S = 10, 5
 _HELLO_S = 5.0  # for a stranger at the port that says nothing
+_OTHERS_S = 10.0  # for those still on their way when one has come wrongly, so that they hear of it
 _LISTED = 4  # processes or fields in a message
 
 
@@ -145,23 +146,25 @@ def _receive_all(place: Place, mine: Hello, timeout_s: float) -> Company:
     """For process 0."""
     deadline = time.monotonic() + timeout_s
     here, links = {0: mine}, {}
-    fault = ""
+    fault, wrong, expected = "", 0, place.processes
     with _listener(place) as listener:
-        while len(here) < place.processes and not fault:
+        while len(here) + wrong < expected:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                fault = absence(place, here, timeout_s)
+                fault = fault or absence(place, here, timeout_s)
                 break
             link = Link(connection)
             hello = link.receive(_HELLO_S)
             if not isinstance(hello, dict) or set(hello) != set(mine):
                 connection.close()  # no process of ours
                 continue
-            fault = misplaced(hello, here, place.processes)
-            if fault:
+            if misplacement := misplaced(hello, here, place.processes):
+                if not fault:
+                    fault, deadline = misplacement, time.monotonic() + _OTHERS_S
                 link.send({"fault": fault})
+                wrong, expected = wrong + 1, max(expected, hello["processes"])
             else:
                 here[hello["index"]], links[hello["index"]] = hello, link
     fault = fault or disagreement([here[index] for index in sorted(here)])

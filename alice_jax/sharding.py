@@ -27,13 +27,17 @@ Tree = Any
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, parameters: int = 1) -> Mesh:
-    """All devices of all processes, or those given; the state is divided over groups of `parameters` of them."""
+    """All devices of all processes, or those given; the state is divided over groups of `parameters` of them.
+
+    They lie in the order of their processes, since each process brings a contiguous share of the rows of a batch.
+    `jax.make_mesh` may mix processes for the sake of a ring, and refuses several slices and some groups on a torus.
+    """
     devices = jax.devices() if devices is None else devices
     if parameters < 1 or len(devices) % parameters:
         raise UserError(f"mesh.parameters {parameters}: must divide the number of devices, {len(devices)}")
-    shape = (len(devices) // parameters, parameters)
-    # Explicit axes, the default, would ask every matmul of the model for an output sharding.
-    return jax.make_mesh(shape, (DATA, PARAMETERS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    ordered = np.array(sorted(devices, key=lambda device: (device.process_index, device.id)))
+    # Axes are automatic: explicit ones would ask every matmul of the model for an output sharding.
+    return Mesh(ordered.reshape(-1, parameters), (DATA, PARAMETERS), axis_types=(AxisType.Auto,) * 2)
 
 
 def platform(mesh: Mesh) -> str:
@@ -69,8 +73,16 @@ def global_parts(mesh: Mesh, local: dict[str, np.ndarray], parts: int) -> list[d
 
 
 def of_all_processes(local: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of the global batch, on every host, from those that each process holds."""
-    return local if jax.process_count() == 1 else multihost_utils.process_allgather(local, tiled=True)
+    """The rows of the global batch, on every host, from those that each process holds; sent as one array of bytes."""
+    if jax.process_count() == 1:
+        return local
+    rows = [np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8) for values in local.values()]
+    sent = multihost_utils.process_allgather(np.concatenate(rows, axis=1), tiled=True)
+    parts = np.split(np.asarray(sent), np.cumsum([part.shape[1] for part in rows])[:-1], axis=1)
+    return {
+        name: np.ascontiguousarray(part).view(values.dtype).reshape(-1, *values.shape[1:])
+        for (name, values), part in zip(local.items(), parts, strict=True)
+    }
 
 
 def parts_of_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
@@ -141,8 +153,9 @@ def on_whole(function: Callable[..., Any], mesh: Mesh, rules: Rules) -> Callable
 
 def on_mesh(objective: Objective, mesh: Mesh, rules: Rules) -> Objective:
     """The objective for parameters that are divided over a mesh."""
-    loss, features = (on_whole(function, mesh, rules) for function in (objective.loss, objective.features))
-    return dataclasses.replace(objective, loss=loss, features=features)
+    given_parameters = ("loss", "features", "predict")
+    whole: dict[str, Any] = {name: on_whole(getattr(objective, name), mesh, rules) for name in given_parameters}
+    return dataclasses.replace(objective, **whole)
 
 
 def compiled_eval(

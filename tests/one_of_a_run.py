@@ -28,9 +28,11 @@ def sample(record, rng, batch_rng):
 def global_rows(mesh: Mesh) -> dict[str, np.ndarray]:
     """Batch STEP as the devices have it, gathered from all processes."""
     samples = pipeline.Samples(sample, 6, 0, BATCH, STEP + 1, jax.process_index(), jax.process_count())
-    batch = sharding.global_batch(mesh, next(pipeline.batches(samples, start_step=STEP)))
+    local = next(pipeline.batches(samples, start_step=STEP))
+    batch = sharding.global_batch(mesh, local)
     assert all(array.is_fully_addressable == (jax.process_count() == 1) for array in batch.values())
     gathered = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(batch)
+    np.testing.assert_equal(sharding.of_all_processes(local), gathered)
     return {name: np.asarray(array) for name, array in gathered.items()}
 
 

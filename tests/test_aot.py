@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from alice_jax import aot
+from alice_jax import aot, cli
 from alice_jax.ahead import compiling, padding, roofline, topologies
 from alice_jax.ahead.compiling import Program
 from alice_jax.errors import UserError
@@ -99,6 +99,13 @@ def test_the_bound_adds_the_network_to_the_slower_of_computing_and_moving():
     assert bound.step == pytest.approx(2.15)
 
 
+def test_gathers_and_scatters_stay_within_a_group():
+    """Of 4 of 16 chips: 3/4 of 16 GB each way at 200 GB/s, and 30 GB of the all-reduce among all."""
+    sent = [("all-gather", 16 * 10**9, 1), ("all-reduce", 16 * 10**9, 1), ("reduce-scatter", 16 * 10**9, 1)]
+    assert roofline.network_seconds(sent, 16, 200e9, parameters=4) == pytest.approx((12 + 30 + 12) / 200)
+    assert roofline.network_seconds(sent, 16, 200e9, parameters=16) == pytest.approx((15 + 30 + 15) / 200)
+
+
 def step(config, target):
     """For `compile_step`: 1 GB of state, 2 GB a pair and stage that is not computed again; above 33 none fits."""
     pairs = config.batch_size // target.chips
@@ -132,7 +139,7 @@ def test_a_batch_is_fitted_by_computing_the_fewest_stages_again(counted, monkeyp
     """16.9 GB less 1 of state: 1 pair with all four stages kept, 2 with three, 3 with two; wanted are 2 a chip."""
     assert main(monkeypatch, "--topology=v5e:2x2", "--config.batch_size=8", "--fit") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "--config.batch_size=8 --config.model.remat=(0,)"
+    assert lines[-1] == "--config.batch_size=8 --config.model.remat='(0,)'"
     assert [line.split()[-4] for line in lines[:-1]] == ["1", "2"]
 
 
@@ -172,6 +179,30 @@ def test_a_sweep_says_what_was_compiled_and_what_was_modelled(counted, monkeypat
 
 
 # ---------------------------------------------------------------- mistakes, and the real compiler
+
+OLDER = {"v5e:4x4": {"parameters": 1, "optimizer": 0, "extra": 0, "batch": 0, "kept": 0, "gone": 0, "products": []}}
+
+
+@pytest.mark.parametrize("kept", [[], None, {"v5e:4x4": []}, {"v5e:4x4": {}}, OLDER])
+def test_a_file_with_something_else_is_refused(kept, counted, monkeypatch, tmp_path):
+    (tmp_path / "kept.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match=r"--json .*kept\.json: holds no programs of this version .* name another file"):
+        main(monkeypatch, "--topology=v5e:4x4", f"--json={tmp_path}/kept.json")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(counted, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=rf"--plot {tmp_path}: cannot be written: Is a directory"):
+        main(monkeypatch, "--sweep", "v5e-16", f"--plot={tmp_path}")
+    with pytest.raises(UserError, match=rf"--json {tmp_path}: cannot be written: Is a directory"):
+        aot.Compiled(tmp_path, {}).step(cli.recipe(f"{ROOT}/configs/pretrain.py"), topologies.named("v5e-4"))
+
+
+def test_what_train_refuses_is_refused(counted, monkeypatch):
+    with pytest.raises(UserError, match=r"^batch_size 0: give a whole number of 1 or more"):
+        main(monkeypatch, "--topology=v5e:4x4", "--config.batch_size=0")
+    assert counted == []
+    with pytest.raises(UserError, match=r"^mesh\.parameters 16: --sweep is for 1; give a slice by --topology"):
+        main(monkeypatch, "--sweep", "v5e-16", "--config.mesh.parameters=16")
 
 
 def run(*arguments):

@@ -62,3 +62,9 @@ def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         checkpoint.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("use", [checkpoint.read_config, checkpoint.restore_arrays, checkpoint.Checkpoints])
+def test_a_bucket_s_address_is_no_workdir(use):
+    with pytest.raises(UserError, match=r"^--workdir gs://bucket/run: mount the bucket and give a folder in it"):
+        use("gs://bucket/run")

@@ -109,3 +109,13 @@ def test_a_place_that_is_none_is_refused(given, message, monkeypatch):
     with flagsaver.flagsaver(**given), pytest.raises(UserError) as caught:
         distributed.by_flags({})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no answer"), RuntimeError("no answer")])
+def test_a_metadata_server_that_does_not_answer_is_one_line(error, monkeypatch):
+    def detect(*_):
+        raise error
+
+    monkeypatch.setattr(distributed.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+    with pytest.raises(UserError, match=r"^--distributed: JAX finds no cluster .* \(no answer\); start it by srun"):
+        distributed.found()

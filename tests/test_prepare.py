@@ -15,7 +15,8 @@ from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
 from alice_jax import prepare as command
 from alice_jax.data import sources
-from alice_jax.data.preparing import prepare_scan, prepare_source
+from alice_jax.data.files import Files
+from alice_jax.data.preparing import Outcome, prepare_scan, prepare_source
 from alice_jax.data.rejection import REMEDIES
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -26,8 +27,9 @@ def in_this_process(monkeypatch):
     """Worker processes take seconds to start; test_prepare_processes.py is about them."""
 
     def run(store, jobs, known, workers):
+        own = Store.open(store.path)
         for index, job in enumerate(jobs):
-            yield index, prepare_source(store, job, known)
+            yield index, prepare_source(own, job, known)
 
     monkeypatch.setattr(command, "_run", run)
 
@@ -364,6 +366,25 @@ def test_running_again_continues_and_takes_up_changes(tmp_path, monkeypatch):
     assert code == 0 and ids(report) == ["a", "b", "c"] and not report["quarantined"]
     assert Store.open(tmp_path / "store").ids() == ["a", "b", "c"]
     assert Store.open(tmp_path / "store").read_volume("c").any()
+
+
+def test_descriptions_of_scans_are_read_many_at_once(tmp_path, monkeypatch):
+    for seed in range(3):
+        write_nifti(tmp_path / "in" / f"{seed}.nii.gz", ct_like(seed=seed))
+    assert report_of(tmp_path, tmp_path / "in")[0] == 0
+    counts, read_jsons = [], Files.read_jsons
+
+    def all_kept(store, jobs, *_):
+        return ((index, [Outcome(job.path, job.id, kept=True)]) for index, job in enumerate(jobs))
+
+    def counted(self, files):
+        counts.append(sum(key.endswith("scan.json") for key in files))
+        return read_jsons(self, files)
+
+    monkeypatch.setattr(command, "_run", all_kept)
+    monkeypatch.setattr(Files, "read_jsons", counted)
+    assert len(report_of(tmp_path, tmp_path / "in")[1]["prepared"]) == 3
+    assert [count for count in counts if count] == [3, 3]  # before and after the work
 
 
 def test_two_inputs_into_one_store(tmp_path):

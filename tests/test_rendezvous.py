@@ -55,20 +55,27 @@ def test_those_who_agree_meet_and_wait_for_the_last_to_part(late):
             "--distributed: process 0 does not answer at localhost:PORT within 3 s (Connection refused); start it "
             "there, or see what it said",
         ),
-        (
-            [(3, 0), (2, 1)],
-            f"--processes: process 1 ({HOST}) was started as one of 2 and process 0 ({HOST}) as one of 3; give all the "
-            "same number",
-        ),
         ([(3, 0), (3, 1), (3, 1)], f"--process 1: there are two, on {HOST} and {HOST}; number them from 0 to 2"),
     ],
-    ids=["missing", "no process 0", "another number", "twice"],
+    ids=["missing", "no process 0", "twice"],
 )
 def test_who_does_not_come_or_comes_wrongly_is_named(places, message):
     port = free_port()
     codes, out, errors = finish([meet(port, count, index) for count, index in places])
     line = f"error: {message.replace('PORT', str(port))}\n"
     assert (codes, out, errors) == ([1] * len(places), [""] * len(places), [line] * len(places))
+
+
+def test_another_number_is_named_to_those_that_come_later_too():
+    port = free_port()
+    first, wrong = meet(port, 3, 0), meet(port, 2, 1)
+    wrong.wait(timeout=60)
+    codes, out, errors = finish([first, wrong, meet(port, 3, 2)])
+    line = (
+        f"error: --processes: process 1 ({HOST}) was started as one of 2 and process 0 ({HOST}) as one of 3; give all "
+        "the same number\n"
+    )
+    assert (codes, out, errors) == ([1] * 3, [""] * 3, [line] * 3)
 
 
 def test_who_disagrees_is_named_with_what_they_say():

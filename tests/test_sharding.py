@@ -1,5 +1,6 @@
 """State divided over devices: the same numbers, each array where it belongs, and no more talk than that takes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -120,6 +121,20 @@ def test_the_second_step_compiles_nothing(how):
         step(state, batch)
 
 
+def test_whatever_validation_computes_sees_whole_parameters():
+    mesh, state, batch, _ = made(FSDP)
+    seen = []
+
+    def seeing(params, extra, batch):
+        jax.debug.inspect_array_sharding(params["last"]["kernel"], callback=seen.append)
+        return {}
+
+    watching = dataclasses.replace(objective(), features=seeing, predict=seeing)
+    sharding.compiled_eval(watching, KEY, mesh, RULES).lower(state, batch[0]).compile()
+    assert [place.is_fully_replicated for place in seen] == [True, True]
+    assert not state.params["last"]["kernel"].sharding.is_fully_replicated
+
+
 def test_a_checkpoint_goes_on_upon_any_mesh(tmp_path):
     _, state, _, _ = advanced(MIXED)
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
@@ -172,3 +187,56 @@ def test_impossible_rules_are_refused_in_one_line(rules, message):
 def test_a_mesh_that_does_not_divide_the_devices_is_refused(parameters):
     with pytest.raises(UserError, match=rf"mesh\.parameters {parameters}: must divide the number of devices, 8"):
         sharding.make_mesh(parameters=parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+
+
+def chips(shape, slices=1):
+    """Chips of four to a host, 2 × 2, and hosts and chips numbered along rows, as in v6e:4x4."""
+    rows, columns = shape
+    places = [(k, x, y) for k in range(slices) for y in range(rows) for x in range(columns)]
+    return [
+        Chip(i, k * rows * columns // 4 + y // 2 * (columns // 2) + x // 2, k, (x, y, 0))
+        for i, (k, x, y) in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("parameters", [1, 2, 4, 8, 16])
+def test_devices_lie_in_the_order_of_their_processes(parameters, slices):
+    """So that process i computes the i-th share of the rows, as `pipeline.Samples` has it.
+
+    `jax.make_mesh` mixes processes in one slice, and refuses two slices and groups of 2 or 8.
+    """
+    mesh = sharding.make_mesh(chips((4, 4), slices)[::-1], parameters)
+    assert mesh.shape == {"data": 16 * slices // parameters, "parameters": parameters}
+    assert [chip.process_index for chip in mesh.devices.flat] == [i for i in range(4 * slices) for _ in range(4)]
+    assert [chip.id for chip in mesh.devices.flat][:8] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+def test_what_processes_know_of_their_rows_is_gathered_at_once(monkeypatch):
+    gathered = []
+
+    def twice(rows, tiled):  # as if another process held the same
+        gathered.append(rows)
+        return np.concatenate([rows, rows])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", twice)
+    weak, points = np.array([True, False, True]), np.arange(18, dtype=np.int32).reshape(3, 2, 3)
+    local = {"score": np.float64([0.1, np.nan, 3]), "weak": weak, "points": points}
+    found = sharding.of_all_processes(local)
+    assert len(gathered) == 1 and list(found) == list(local)
+    for name, values in local.items():
+        np.testing.assert_array_equal(found[name], np.concatenate([values, values]), strict=True)

@@ -11,6 +11,8 @@ import threading
 import urllib.parse
 import zlib
 
+from alice_jax.data.copies import Copies
+
 TESTS = pathlib.Path(__file__).parent
 
 WRITE = """
@@ -167,3 +169,27 @@ def test_copies_are_read_once_follow_the_bucket_and_keep_to_their_limit(tmp_path
         run(COPIED + "read(limit_bytes=10, name='foreground'); assert copied() == ['foreground']", url, **variables)
         run(COPIED + "read(limit_bytes=10); assert copied() == ['volume']", url, **variables)
         assert list((tmp_path / "copies").rglob(".*")) == []
+
+
+class Arrays:
+    """As `Files`: each key is an array of 5,000 bytes in one file."""
+
+    path = "gs://a-bucket/some/store"
+
+    def list(self, key):
+        return [f"{key}data"]
+
+    def read_newer(self, key, generation):
+        return None if generation else (bytes(5000), b"1")
+
+
+def test_the_folder_of_copies_is_looked_through_once_for_many_of_them(tmp_path, monkeypatch):
+    """200 arrays would fill 1 MB and 4 are 2 % of it: a look at the first and at each fifth after it."""
+    looks, remove_oldest = [], Copies._remove_oldest
+    monkeypatch.setattr(Copies, "_remove_oldest", lambda self, but: (looks.append(but), remove_oldest(self, but)))
+    copies, arrays = Copies(str(tmp_path), 10**6), Arrays()
+    for i in range(250):
+        copies.local(arrays, f"scans/{i}/volume/")
+    assert len(looks) == 1 + 249 // 5
+    kept = {int(path.parent.parent.name) for path in tmp_path.rglob("generations.json")}
+    assert 170 <= len(kept) < 200 and kept == set(range(250 - len(kept), 250))

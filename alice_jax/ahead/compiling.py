@@ -47,6 +47,11 @@ class Program:
     products: Sequence[padding.Product] = ()
     too_large: str = ""
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Program":
+        """What `dataclasses.asdict` made of one."""
+        return cls(**fields | {"products": [padding.Product(**product) for product in fields["products"]]})
+
     @property
     def state_and_batch(self) -> int:
         return self.parameters + self.optimizer + self.extra + self.batch + self.tiles

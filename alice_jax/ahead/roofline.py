@@ -13,7 +13,8 @@ from alice_jax.ahead.topologies import Chip
 FORMULA = """\
 step ≥ max(computing, moving) + network, since the gradients travel when all of them are there
 computing = FLOPs / peak FLOP/s of bfloat16; moving = bytes / HBM bandwidth; both as the compiler counts them
-network = (n − 1) / n · bytes of each gather or scatter among n chips, twice that of an all-reduce, / what links send
+network = (n − 1) / n · bytes of each gather or scatter among n chips, twice that of an all-reduce, / what links send;
+n is all chips, for gathers and scatters those of a group (mesh.parameters) where the state is divided
 assumed: peaks of the data sheet, every link busy and no delay, batches there in time"""
 
 # How often the bytes of an array leave a chip in a ring of n chips, as a multiple of (n - 1) / n.
@@ -33,19 +34,30 @@ class Bound:
         return max(self.computing, self.moving) + self.network
 
 
-def network_seconds(collectives: Iterable[Sequence], chips: int, link_rate: float) -> float:
-    """The least time of (kind, bytes, count) in a ring of chips.
+def network_seconds(collectives: Iterable[Sequence], chips: int, link_rate: float, parameters: int = 1) -> float:
+    """The least time of (kind, bytes, count) in rings of chips.
+
+    Args:
+      parameters: chips of a group that divides the state, as in `sharding.make_mesh`; gathers and scatters stay in it.
 
     >>> network_seconds([("all-reduce", 100e9, 1)], chips=4, link_rate=200e9)
     0.75
+    >>> network_seconds([("all-gather", 100e9, 1)], chips=4, link_rate=200e9, parameters=2)
+    0.25
     """
-    sent = sum(TRIPS.get(kind, 1) * size * count for kind, size, count in collectives)
-    return sent * (chips - 1) / chips / link_rate
+    seconds = 0.0
+    for kind, size, count in collectives:
+        ring = chips if kind == "all-reduce" or parameters == 1 else parameters
+        seconds += TRIPS.get(kind, 1) * size * count * (ring - 1) / ring / link_rate
+    return seconds
 
 
-def bound(flops: float, moved: float, collectives: Iterable[Sequence], chip: Chip, chips: int) -> Bound:
+def bound(
+    flops: float, moved: float, collectives: Iterable[Sequence], chip: Chip, chips: int, parameters: int = 1
+) -> Bound:
     """The roofline (Williams et al. 2009, doi:10.1145/1498765.1498785) and a ring's time for the collectives."""
-    return Bound(flops / chip.flops, moved / chip.memory_rate, network_seconds(collectives, chips, chip.link_rate))
+    network = network_seconds(collectives, chips, chip.link_rate, parameters)
+    return Bound(flops / chip.flops, moved / chip.memory_rate, network)
 
 
 def cost_per_million(pairs_per_s: float, chips: int, price_per_chip_hour: float) -> float:

@@ -3,7 +3,9 @@
     FOLDER/<store>/scans/<id>/<name>/     the array's files, and generations.json: which version of each they are
 
 The bucket is asked whether an array has changed each time that it is opened. The arrays used longest ago are removed
-when all together exceed the limit. Processes may share the folder: what one removes, another one fetches again.
+before all together exceed the limit. Processes may share the folder: what one removes, another one fetches again. Each
+looks through it when it first adds to it, and then whenever it has added SHARE of the limit; so that beside others it
+may exceed the limit by that.
 """
 
 import base64
@@ -11,6 +13,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,9 +23,10 @@ from alice_jax.data.files import Files
 from alice_jax.errors import UserError
 
 GENERATIONS = "generations.json"
+SHARE, LEFT = 0.02, 0.9  # of the limit: added between two looks through the folder; left by one that removes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Copies:
     """Where copies lie and how many bytes they may take.
 
@@ -32,6 +36,7 @@ class Copies:
 
     folder: str
     limit_bytes: int
+    _added_bytes: float = dataclasses.field(default=math.inf, init=False, repr=False)  # since the last look
 
     def local(self, remote: Files, key: str) -> str:
         """The folder of a copy that equals what lies below `key` in the bucket, such as "scans/<id>/volume/".
@@ -49,7 +54,10 @@ class Copies:
         try:
             if any(newer.values()) or set(newer) != set(known):
                 _replace(place, known, newer)
-                self._remove_oldest(but=place)
+                self._added_bytes += sum(len(found[0]) for found in newer.values() if found)
+                if self._added_bytes > SHARE * self.limit_bytes:
+                    self._added_bytes = 0
+                    self._remove_oldest(but=place)
             os.utime(place / GENERATIONS)
         except FileNotFoundError as error:
             raise KeyError(f"{place} was removed by another process meanwhile") from error
@@ -76,12 +84,14 @@ class Copies:
                 sizes[stamp.parent] = sum(file.stat().st_size for file in stamp.parent.rglob("*") if file.is_file())
             except FileNotFoundError:
                 used.pop(stamp.parent, None)
-        for place in sorted(sizes, key=used.__getitem__):
-            if sum(sizes.values()) <= self.limit_bytes:
+        total = sum(sizes.values())
+        if total <= (1 - SHARE) * self.limit_bytes:
+            return
+        for place in sorted(sizes.keys() - {but}, key=used.__getitem__):
+            if total <= LEFT * self.limit_bytes:
                 return
-            if place != but:
-                shutil.rmtree(place, ignore_errors=True)
-                del sizes[place]
+            shutil.rmtree(place, ignore_errors=True)
+            total -= sizes[place]
 
 
 def _replace(place: Path, known: dict[str, bytes], newer: dict[str, tuple[bytes, bytes] | None]) -> None:

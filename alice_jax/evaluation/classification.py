@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found[f"its head, {count} unseen"] = measures
     print(table(found))
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+        cli.write(Path(args.json), json.dumps(found, indent=2).encode() + b"\n", "--json")
     return 0
 
 
