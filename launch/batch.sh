@@ -100,13 +100,15 @@ logs() {
   done
 }
 
+owned=''
 clean_up() {
-  [ -n "$(phase RUNNING)" ] || return 0
+  [ -n "$owned" ] && [ -n "$(phase RUNNING)" ] || return 0
   run "${jobs[@]}" delete "$name" "${where[@]}" --quiet
 }
 
 begin
 known=$(phase '') || die "$name: cannot ask for its state"
+owned=1
 [ -n "$known" ] || feed "$(job)" "${jobs[@]}" submit "$name" "${where[@]}" --config=-
 follow || {
   logs || true

@@ -141,10 +141,17 @@ END
   fi
 }
 
+# found: its name and the conditions that it meets; nothing if there is none.
+found() {
+  run "${kubectl[@]}" get "$kind" "$name" --ignore-not-found \
+    --output=jsonpath='{.metadata.name} {.status.conditions[?(@.status=="True")].type}'
+}
+
 state() {
-  local ended true='{.status.conditions[?(@.status=="True")].type}'
-  ended=$(run "${kubectl[@]}" get "$kind" "$name" --output=jsonpath="$true") || return
-  case $ended in
+  local found
+  found=$(found) || return
+  case $found in
+    '') echo gone ;;
     *Fail*) echo failed ;;
     *Complete*) echo succeeded ;;
     *) echo running ;;
@@ -155,11 +162,21 @@ logs() {
   run "${kubectl[@]}" logs --selector="$pods$first,batch.kubernetes.io/job-completion-index=0" --follow --tail=20
 }
 
-clean_up() { run "${kubectl[@]}" delete "$kind" "$name" --ignore-not-found; }
+owned=''
+clean_up() {
+  [ -n "$owned" ] || return 0
+  run "${kubectl[@]}" delete "$kind" "$name" --ignore-not-found
+}
 
 begin
-feed "$(manifest)" "${kubectl[@]}" apply --filename=-
+known=$(found) || die "$name: cannot ask for its state"
+owned=1
+[ -n "$known" ] || feed "$(manifest)" "${kubectl[@]}" apply --filename=- || {
+  owned=''
+  die "$name: cannot be created"
+}
 follow || {
+  [ $? = 1 ] || die "$name: was deleted"
   run "${kubectl[@]}" logs --selector="$pods" --prefix --tail=20 || true
   die "$name: failed"
 }

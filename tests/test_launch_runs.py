@@ -144,28 +144,56 @@ def test_a_lost_terminal_changes_nothing(desk):
 
 # ---- The other engines
 
+# How each is called, how its state is asked for, what answers running, succeeded and failed, what makes and deletes it.
 ENGINES = {
-    "gke": (
-        f"{GKE} --tasks=2 -- {PREPARE}",
-        "kubectl --context=c get job",
-        "Complete",
-        "Failed",
-        "kubectl --context=c delete",
-    ),
-    "batch": (f"{BATCH} -- {PREPARE}", "jobs list", "SUCCEEDED", "FAILED", "jobs delete"),
+    "gke": (f"{GKE} --tasks=2 -- {PREPARE}", "get job", "alice", "alice Complete", "alice Failed", "apply", "delete"),
+    "batch": (f"{BATCH} -- {PREPARE}", "jobs list", "RUNNING", "SUCCEEDED", "FAILED", "jobs submit", "jobs delete"),
 }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_job_is_followed_and_deleted(engine, desk):
-    line, question, good, bad, delete = ENGINES[engine]
-    running = "" if engine == "gke" else "RUNNING"
+    line, question, running, good, bad, make, delete = ENGINES[engine]
     for result, code in (good, 0), (bad, 1):
         desk.answers({question: ["", running, running, running, result], "log": ["a line"]})
         done = desk.run(line)
         assert done.returncode == code, done.stdout
         assert "alice: running\na line\n" in done.stdout
         assert delete in desk.calls[-1]
+    assert desk.did(make, delete) == [make, delete] * 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_job_that_is_there_is_not_made_again(engine, desk):
+    line, question, running, good, _, make, delete = ENGINES[engine]
+    desk.answers({question: [running, running, running, good]})
+    assert desk.run(line).returncode == 0
+    assert desk.did(make, delete) == [delete]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_job_of_which_nothing_is_known_is_left_alone(engine, desk):
+    line, question, running, *_, make, delete = ENGINES[engine]
+    desk.answers({question: ["FAIL", running]})
+    done = desk.run(line)
+    assert (done.returncode, done.stdout) == (1, "error: alice: cannot ask for its state\n")
+    assert desk.did(make, delete) == []
+
+
+def test_gke_leaves_alone_what_it_may_not_change(desk):
+    """Somebody makes a job of that name between question and `apply`, which refuses to change it."""
+    desk.answers({"get job": ["", "alice"], "apply": ["FAIL"]})
+    done = desk.run(f"{GKE} --tasks=2 -- {PREPARE}")
+    assert (done.returncode, done.stdout) == (1, "error: alice: cannot be created\n")
+    assert desk.did("delete") == []
+
+
+def test_gke_ends_when_somebody_deletes_its_job(desk):
+    desk.answers({"get job": ["", "alice", "FAIL", "alice", ""]})
+    done = desk.run(f"{GKE} --tasks=2 -- {PREPARE}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "error: alice: was deleted")
+    assert done.stdout.count("alice: out of reach") == 1
+    assert desk.did("apply") == ["apply"]
 
 
 def test_slurm_cancels_a_job_when_it_is_stopped(desk):
