@@ -9,7 +9,8 @@
 #     prepare --input /shared/scans --store /shared/store
 #
 # Submits one job, shows its log and cancels it if this script is stopped. What it installs in the folder stays. Two
-# minutes before its time ends, train saves and stops; the same line again resumes.
+# minutes before its time ends, train saves and stops; the same line again resumes, once no other job of yours has this
+# name.
 #
 # Needed:
 #   --name NAME            of the job
@@ -33,7 +34,8 @@ flags=(--wait --parsable --job-name="$name" --requeue --open-mode=append
   ${gpus_per_node:+--gpus-per-node="$gpus_per_node"})
 if [ "$command" = train ]; then
   # JAX takes from Slurm which process it is, and then one GPU for each.
-  flags+=(--nodes="$nodes" --ntasks-per-node="${gpus_per_node:-1}" --signal=TERM@120
+  # Two jobs of one name would write the same checkpoints, where an earlier one outlived its script.
+  flags+=(--nodes="$nodes" --ntasks-per-node="${gpus_per_node:-1}" --signal=TERM@120 --dependency=singleton
     --output="$folder/logs/$name-%j.log")
   step="srun --kill-on-bad-exit=1 $(program)"
   first=
