@@ -37,7 +37,9 @@ if [ "$command" = train ]; then
   # Two jobs of one name would write the same checkpoints, where an earlier one outlived its script.
   flags+=(--nodes="$nodes" --ntasks-per-node="${gpus_per_node:-1}" --signal=TERM@120 --dependency=singleton
     --output="$folder/logs/$name-%j.log")
-  step="srun --kill-on-bad-exit=1 $(program)"
+  # Slurm 22.05 and newer hand --cpus-per-task to the job, but no longer from there to srun.
+  step="[ -z \"\${SLURM_CPUS_PER_TASK:-}\" ] || export SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK
+srun --kill-on-bad-exit=1 $(program)"
   first=
 else
   flags+=(--array="0-$((tasks - 1))${parallel:+%$parallel}" --output="$folder/logs/$name-%A_%a.log")
