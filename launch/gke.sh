@@ -26,12 +26,13 @@
 #   --spot                nodes that may be taken away
 #   --cpu N               processors that a pod asks for
 #   --memory SIZE         such as 16Gi, that a pod asks for
+#   --disk SIZE           of its node that a pod may fill: what it installs, copies of a store in a bucket (4Gi)
 #   --service-account KSA of Kubernetes, that may use the bucket (default)
 #   --image IMAGE         made by launch/Dockerfile, with the code in it; without one, each pod installs the code
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 parse "$@"
-: "${chips:=4}" "${slices:=1}" "${retries:=5}" "${service_account:=default}"
+: "${chips:=4}" "${slices:=1}" "${retries:=5}" "${disk:=4Gi}" "${service_account:=default}"
 needs_number --chips --slices --retries
 needs_tasks
 needs_workdir
@@ -82,6 +83,7 @@ $(in_container "$extra" '"$JOB_COMPLETION_INDEX"' "$tasks" | indented 6)
 $({
     entry cpu "$cpu"
     entry memory "$memory"
+    entry ephemeral-storage "$disk"
     entry google.com/tpu "${accelerator:+$chips}"
   } | indented 8)
       limits: *resources

@@ -23,7 +23,7 @@ DRY_RUNS = {
     "tpu_vm-spot-multislice": f"{TPU} --spot --node-count=2 --create-flags='--network=n --tags=t' -- {TRAIN}",
     "tpu_vm-embed-image": f"{TPU} --node-count 2 --image=l-docker.pkg.dev/p/r/alice:1 -- {EMBED}",
     "gke-train": f"{GKE} --accelerator=tpu7x --topology=2x2x4 --slices=2 --spot -- {TRAIN}",
-    "gke-prepare": f"{GKE} --tasks=100 --parallel=20 --cpu=4 --memory=16Gi -- {PREPARE}",
+    "gke-prepare": f"{GKE} --tasks=100 --parallel=20 --cpu=4 --memory=16Gi --disk=5Gi -- {PREPARE}",
     "gke-embed-tpu": f"{GKE} --tasks=8 --accelerator=tpu-v6e-slice --topology=2x2 --image=i --retries=2 -- {EMBED}",
     "slurm-train": f"{SLURM} --nodes=4 --gpus-per-node=8 --sbatch-flags='--partition=gpu --time=24:00:00' -- {TRAIN}",
     "slurm-prepare": f"{SLURM} --tasks=100 --parallel=20 -- {PREPARE}",
@@ -59,7 +59,7 @@ def test_a_manifest_asks_for_whole_slices():
     hosts = job["template"]["spec"]
     pod = hosts["template"]["spec"]
     assert (job["replicas"], hosts["completions"], hosts["parallelism"]) == (2, 4, 4)  # 2 x 2 x 4 chips, 4 on a host
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4, "ephemeral-storage": "4Gi"}
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu7x",
         "cloud.google.com/gke-tpu-topology": "2x2x4",
