@@ -85,17 +85,23 @@ state() {
   esac
 }
 
-# logs: what the tasks say, for as long as any runs.
+# a_minute_ago: by GNU's date or that of macOS.
+a_minute_ago() { date -u -d '1 minute ago' +%FT%TZ 2>/dev/null || date -u -v-1M +%FT%TZ; }
+
+# logs: what the tasks say, for as long as any runs. A line may appear seconds late: each question goes back to a minute
+# before the last one, and the last of all waits. An insertId in front tells what is new from what was shown.
 logs() {
-  local uid phase now since=1970-01-01T00:00:00Z
+  local uid phase next since=1970-01-01T00:00:00Z shown='' lines
   uid=$(ask UID "${jobs[@]}" describe "$name" "${where[@]}" --format="value(uid)")
   while :; do
     phase=$(phase '')
-    now=$(date -u +%FT%TZ)
-    run gcloud logging read "labels.job_uid=\"$uid\" AND timestamp>=\"$since\"" --project="$project" --order=asc \
-      --format="value(labels.task_id,textPayload)"
+    [ "$phase" = RUNNING ] || run sleep "$poll"
+    next=$(a_minute_ago)
+    lines=$(run gcloud logging read "labels.job_uid=\"$uid\" AND timestamp>=\"$since\"" --project="$project" \
+      --order=asc --format="value(insertId,labels.task_id,textPayload)")
+    grep -vxF -f <(echo && echo "$shown") <<<"$lines" | cut -f2- || true
     [ "$phase" = RUNNING ] || return 0
-    since=$now
+    since=$next shown=$lines
     sleep "$poll"
   done
 }

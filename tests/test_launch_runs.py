@@ -196,6 +196,18 @@ def test_gke_ends_when_somebody_deletes_its_job(desk):
     assert desk.did("apply") == ["apply"]
 
 
+def test_batch_shows_each_line_once_and_late_ones_too(desk):
+    """Line b appears after c, and d when the job has ended."""
+    a, b, c, d = (f"{line}\\ttask\\t{line}" for line in "abcd")
+    answers = a, f"{a}\\n{c}", f"{a}\\n{b}\\n{c}", f"{b}\\n{c}\\n{d}"
+    desk.answers({"jobs list": ["", *["RUNNING"] * 4, "SUCCEEDED"], "logging read": answers})
+    done = desk.run(f"{BATCH} -- {PREPARE}")
+    assert done.returncode == 0
+    assert [line[-1] for line in done.stdout.splitlines() if line.startswith("task\t")] == ["a", "c", "b", "d"]
+    since = [call.split('timestamp>="')[1][:20] for call in desk.calls if "logging read" in call]
+    assert since[-1] <= time.strftime("%FT%TZ", time.gmtime(time.time() - 60))
+
+
 def test_slurm_cancels_a_job_when_it_is_stopped(desk):
     desk.stand_in("sbatch", '#!/bin/bash\necho "12;cluster"; until [ -e "$DESK/calls" ]; do sleep 0.1; done\n')
     line = f"slurm.sh --name=alice --folder={desk.folder}/shared --poll=1 {desk.project()} -- {TRAIN}"
