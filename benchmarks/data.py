@@ -36,8 +36,8 @@ from mining import mining_speed, table
 from ml_collections import ConfigDict
 
 from alice_jax import builtin, cli, sharding, tasks, train
+from alice_jax.data import files as store_files
 from alice_jax.data import phantom, pipeline, views, zarr
-from alice_jax.data import store as stores
 from alice_jax.data.store import AIR_HU, Store
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain.py"
@@ -214,8 +214,8 @@ def crop_speed(store: Store, ids: Sequence[str], crops: int, rounds: int, origin
       usual way's, on the store's grid ("times_same_grid") and on the originals' ("times_original").
     """
     # Nothing decoded is kept: a training set is far larger than TensorStore's cache.
-    context = ts.Context({**stores._CONTEXT.spec.to_json(), "cache_pool": {"total_bytes_limit": 0}})
-    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(stores, "_CONTEXT", context):
+    context = ts.Context({**store_files.CONTEXT.spec.to_json(), "cache_pool": {"total_bytes_limit": 0}})
+    with tempfile.TemporaryDirectory() as temporary, mock.patch.object(store_files, "CONTEXT", context):
         folder, store = Path(temporary), Store.open(store.path)
         places = body_places(store, ids, crops)
         volumes = {id: store.read_volume(id) for id in ids}
