@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pickle
-import runpy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -290,7 +289,7 @@ def crop_table(rows: dict[str, dict[str, float]]) -> str:
 
 def recipe(variant: str) -> ConfigDict:
     """configs/pretrain.py:VARIANT"""
-    return runpy.run_path(str(CONFIG))["get_config"](variant)
+    return cli.recipe(f"{CONFIG}:{variant}")
 
 
 def no_step(state: Any, batch: Any) -> Any:

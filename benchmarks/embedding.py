@@ -8,7 +8,6 @@ the same run. Times are medians; a first evaluation, which compiles, does not co
 
 import argparse
 import json
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ RECIPES = {"published network": "", "small network, cells of 8 mm": "small", "sm
 def ours(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Seconds a scan and gigabytes of main memory of the project's embedder."""
     host.keep_memory()
-    config = runpy.run_path(str(CONFIG))["get_config"](RECIPES[name])
+    config = cli.recipe(f"{CONFIG}:{RECIPES[name]}")
     network = tasks.embedder.network_of(config.model.to_dict(), tasks.compute_dtype(config.precision))
     example = np.zeros((1, *config.views.shape_zyx, 1), np.float32)
     variables = jax.jit(network.init)(jax.random.key(0), example)
@@ -51,7 +50,7 @@ def twin(shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     from torch import nn
     from torch.nn import functional
 
-    config = runpy.run_path(str(CONFIG))["get_config"]("").model
+    config = cli.recipe(str(CONFIG)).model
 
     def norm_conv(inside: int, outside: int, kernel: Any, stride: Any = 1) -> nn.Sequential:
         padding = tuple(k // 2 for k in kernel)

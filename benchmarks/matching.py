@@ -11,7 +11,6 @@ goes on where it stopped when the command is repeated.
 
 import argparse
 import json
-import runpy
 import shutil
 import sys
 import tempfile
@@ -118,9 +117,7 @@ def matcher_rows(workdir: str) -> dict[str, dict[str, float]]:
 
 def trained(name: str, changes: Mapping[str, Any], store: str, out: str, steps: int) -> str:
     """The workdir of a training of the tiny recipe with some fields changed."""
-    config = runpy.run_path(str(CONFIG))["get_config"]("tiny")
-    with config.unlocked():
-        config.update_from_flattened_dict({"data.store": store, "steps": steps} | dict(changes))
+    config = cli.recipe(f"{CONFIG}:tiny", {"data.store": store, "steps": steps} | dict(changes))
     workdir = str(Path(out) / "".join(c if c.isalnum() else "_" for c in name))
     if train.run(config, workdir):
         raise SystemExit(f"{name}: interrupted; repeat the command to go on")

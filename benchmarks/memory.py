@@ -23,9 +23,9 @@ from step import Case, alone
 
 from alice_jax import cli
 from alice_jax.ahead import compiling, roofline, topologies
+from alice_jax.ahead.topologies import USABLE
 
 DEVICES_GB = (16, 40, 80, 141)
-USABLE = 0.9  # of a device's memory; the rest is for the driver, libraries and gaps between arrays
 REMAT = {"none": (), "finest": (0,), "all": (0, 1, 2, 3)}  # stages whose blocks are computed again
 
 

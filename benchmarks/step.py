@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import resource
-import runpy
 import statistics
 import sys
 import time
@@ -67,7 +66,7 @@ class Case:
 
     def config(self) -> Any:
         """configs/pretrain.py with these settings."""
-        config = runpy.run_path(str(CONFIG))["get_config"]("release" if self.mode == "release" else "")
+        config = cli.recipe(f"{CONFIG}:{'release' if self.mode == 'release' else ''}")
         config.batch_size, config.microbatch, config.precision = self.pairs, self.microbatch, self.precision
         config.views.crop_shape_zyx = (self.crop,) * 3
         config.model.width = self.width

@@ -95,8 +95,8 @@ def named(text: str) -> Slice:
     )
 
 
-# A GPU, for its memory: 90 % of 141 GB, as the rest is for the driver, libraries and gaps between arrays.
-H200 = Slice(Chip("h200", int(0.9 * 141e9), {1: "1"}), "1")
+USABLE = 0.9  # of a GPU's memory; the rest is for the driver, libraries and gaps between arrays
+H200 = Slice(Chip("h200", int(USABLE * 141e9), {1: "1"}), "1")
 # What the compiler asks about that device, from its data sheet.
 H200_DESCRIPTION = """
 gpu_device_info {
