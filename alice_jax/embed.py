@@ -281,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.settle()
     cli.check_task(args)
     store = Store.open(args.store)
+    cli.say(f"reading the store {store.path}")
     summary = embed_store(store, restore(args.workdir, args.step), args.task_index, args.task_count, args.force)
     size = bytes_per_scan(store)
     print(

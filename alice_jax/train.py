@@ -82,6 +82,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     # ---- Data, objective, devices
     copies = Copies(os.path.join(host.cache(), "copies"), round(config.data.cache_gb * 1e9))
     store = Store.open(config.data.store or built_in_store(config), copies if config.data.cache_gb else None)
+    say(f"reading the store {store.path}")
     task = tasks.make(config, store)
     mesh, rules = sharding.make_mesh(parameters=config.mesh.parameters), config.mesh.rules
     parts = sharding.parts_of_batch(config.batch_size, config.microbatch, mesh)

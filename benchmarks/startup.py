@@ -20,7 +20,9 @@ from pathlib import Path
 from alice_jax import builtin, cli, train
 from alice_jax.errors import UserError
 
-COMMANDS = ("prepare", "embed", "train", "export", "match", "evaluate", "report")
+COMMANDS = (
+    "prepare", "embed", "train", "predict", "export", "match", "evaluate", "report", "study", "reproduce", "aot",
+)  # fmt: skip
 
 
 def first_line(command: str) -> float:

@@ -299,7 +299,8 @@ def test_command_restores_embeds_and_reports(tmp_path, store, embedder, capsys):
         checkpoints.save(3, state)
     assert embed.restore(workdir).hash() == embedder.hash()
     assert embed.main(["--store", store.path, "--workdir", workdir, "--task-count", "2"]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert f"reading the store {store.path}\n" in said
     assert "embedded 2 scans, 0 were done already" in printed and "MB a scan on disk" in printed
     with pytest.raises(UserError, match="--task-index 2"):
         embed.main(["--store", store.path, "--workdir", workdir, "--task-index", "2", "--task-count", "2"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import startup
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -51,7 +52,7 @@ def test_compiled_programs_are_kept(tmp_path):
     assert len(folders) == 1 and any(path.name.endswith("-cache") for path in folders[0].iterdir())
 
 
-@pytest.mark.parametrize("command", ["prepare", "embed", "train", "export", "match", "evaluate", "report"])
+@pytest.mark.parametrize("command", startup.COMMANDS)
 def test_commands_load_no_more_than_they_need_to_answer(command):
     """PyTorch alone would take over a second."""
     heavy = "{'torch', 'tensorboardX', 'matplotlib'} & set(sys.modules)"

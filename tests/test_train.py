@@ -294,6 +294,16 @@ def test_mistakes_are_one_line_and_exit_1(tmp_path):
         assert len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], errors
 
 
+def test_the_first_line_says_what_is_read(store, tmp_path, monkeypatch, capsys):
+    def takes_minutes(*_):
+        raise UserError("still at it")
+
+    monkeypatch.setattr(tasks, "make", takes_minutes)
+    with pytest.raises(UserError, match="still at it"):
+        train.run(small(store), str(tmp_path))
+    assert f"reading the store {store}\n" in capsys.readouterr().err
+
+
 def test_help_says_how_to_use_it(capsys):
     assert train.main(["--help"]) == 0
     output = capsys.readouterr().out
