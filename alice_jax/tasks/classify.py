@@ -88,7 +88,7 @@ def task(config: ConfigDict, store: Store) -> Task:
             optimizer=optimizer.grouped_adamw(
                 learning_rate=rate,
                 weight_decay=lambda step: recipe.weight_decay,
-                group_rules=[(r"^backbone/", "frozen")] * frozen + [(r"/(bias|scale)$", "plain"), (r"", "decayed")],
+                group_rules=[(r"^backbone/", "frozen")] * frozen + optimizer.DECAY_RULES,
                 clip=optax.clip_by_global_norm(recipe.clip),
             ),
             schedules={"learning_rate": rate},
