@@ -200,9 +200,9 @@ def test_export_round_trip(trained, tmp_path):
 
 
 def test_cells_of_runs_and_of_exported_files(trained, tmp_path):
-    name, _, _, state, workdir = trained
+    name, config, _, state, workdir = trained
     store = noise_store(str(tmp_path / "store"), scans=1, shape_zyx=(16, 16, 16))
-    network = SMALL[name].clone(mask_tokens=False)
+    network = tasks.backbones.make(config.model, mask_tokens=False)
     assert backbone.load(workdir, "student").network == network
     cells = backbone.load(workdir, "student").cell_vectors(store, "case0")
     assert cells.vectors.shape[1] == network.decoder_channels and np.isfinite(cells.vectors).all()
