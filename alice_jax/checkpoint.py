@@ -185,7 +185,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_intact(workdir: str) -> tuple[int | None, list[int]]:
+def newest_intact(workdir: str, field: str = "--workdir") -> tuple[int | None, list[int]]:
     """The newest checkpoint whose files are as they were written, and the damaged ones that are newer, of which it says
     what is wrong; (None, []) where there is none at all, and a `UserError` where none is intact."""
     folder = _directory(workdir) / "checkpoints"
@@ -201,7 +201,7 @@ def newest_intact(workdir: str) -> tuple[int | None, list[int]]:
     named = ", ".join(f"step {damaged}: {fault}" for damaged, fault in faults.items())
     if step is None:
         raise UserError(
-            f"--workdir {workdir}: no checkpoint is intact ({named}); put back a copy of one, or start anew in another "
+            f"{field} {workdir}: no checkpoint is intact ({named}); put back a copy of one, or start anew in another "
             "folder"
         )
     print(f"damaged checkpoints are passed over ({named}); the newest intact one is of step {step}", file=sys.stderr)
@@ -217,7 +217,7 @@ def write_config(workdir: str, config: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_config(workdir: str) -> dict[str, Any] | None:
+def read_config(workdir: str, field: str = "--workdir") -> dict[str, Any] | None:
     """The configuration that a run in this workdir was started with, or None."""
     path = _directory(workdir) / "config.json"
     if not path.exists():
@@ -226,30 +226,34 @@ def read_config(workdir: str) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or not even text
         raise UserError(
-            f"--workdir {workdir}: its config.json is damaged ({error}); restore it or choose another"
+            f"{field} {workdir}: its config.json is damaged ({error}); restore it or choose another"
         ) from None
 
 
 def restore_arrays(
-    workdir: str, step: int | None = None, parts: Sequence[str] = ("step", "params", "extra")
+    workdir: str,
+    step: int | None = None,
+    parts: Sequence[str] = ("step", "params", "extra"),
+    field: str = "--workdir",
 ) -> tuple[dict[str, Any], Tree]:
     """Configuration and state of a run as plain numpy arrays, whatever devices wrote it.
 
     Args:
       step: which checkpoint; the newest intact one by default.
       parts: fields of the state; "host" is what the host remembered beside it.
+      field: names the setting that gave the workdir, in errors.
 
     Returns:
       (config, {part: arrays}).
     """
-    config = read_config(workdir)
+    config = read_config(workdir, field)
     if config is None:
-        raise UserError(f"--workdir {workdir}: holds no run; give the folder that `alice_jax.train --workdir` wrote")
+        raise UserError(f"{field} {workdir}: holds no run; give the folder that `alice_jax.train --workdir` wrote")
     folder = _directory(workdir) / "checkpoints"
     if step is None:
-        step, _ = newest_intact(workdir)
+        step, _ = newest_intact(workdir, field)
         if step is None:
-            raise UserError(f"--workdir {workdir}: no checkpoint yet; let the run reach its first one")
+            raise UserError(f"{field} {workdir}: no checkpoint yet; let the run reach its first one")
     elif step not in _steps(folder):
         raise UserError(f"--step {step}: {workdir} has checkpoints of the steps {_steps(folder)}")
     elif fault := damage(folder / str(step)):

@@ -1,6 +1,8 @@
 """The edge of every command: a user's mistake becomes one line on stderr and exit code 1."""
 
 import argparse
+import json
+import math
 import os
 import runpy
 import signal
@@ -48,6 +50,19 @@ def write(path: Path, content: bytes, flag: str) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; choose another place") from error
+
+
+def write_numbers(path: str, numbers: Mapping[str, Any]) -> None:
+    """The file of --json: nested numbers, in which NaN, which JSON has not, is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    write(Path(path), json.dumps(plain(numbers), indent=2).encode() + b"\n", "--json")
 
 
 def complain(error: UserError) -> None:

@@ -15,10 +15,8 @@ needs embeddings.
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_about(kind, truth) + "\n")
         numbers[kind] = {"pairs": answers.pairs, "rows": summaries(answers)}
     if args.json:
-        cli.write(Path(args.json), json.dumps(_without_nan(numbers), indent=2).encode() + b"\n", "--json")
+        cli.write_numbers(args.json, numbers)
     return 0
 
 
@@ -278,12 +276,6 @@ def _about(kind: str, truth: Truth) -> str:
     if kind == "landmarks":
         return "Distances from the marks, whose own error they hold. Places: world_ras_mm where given, else voxel_ijk."
     return "Random points of phantom bodies, whose true places are known exactly."
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,8 @@ import numpy as np
 from alice_jax import checkpoint, cli
 from alice_jax.contract import Contract
 from alice_jax.errors import UserError
-from alice_jax.interop import names, nnformer, primus, resenc, torch_file
+from alice_jax.interop import nnformer, torch_file
+from alice_jax.interop.backbones import TRANSLATIONS
 from alice_jax.tasks import backbones
 
 INPUT = "(batch, 1, z, y, x), window_hu scaled to 0 to 1"
@@ -71,12 +72,8 @@ def backbone(
     """The state dict of one network, and its position embedding (1, tokens, width) in release mode."""
     release = config["method"]["mode"] == "release"
     networks = state["params"] if which == "student" else state["extra"]["teacher"]
-    to_torch: dict[str, Callable[[Mapping[str, Any]], names.State]] = {
-        "nnformer": lambda params: nnformer.to_torch(params, "release" if release else "correct"),
-        "resenc": resenc.to_torch,
-        "primus": primus.to_torch,
-    }
-    tensors = to_torch[backbones.name_of(config["model"])](networks["backbone"])
+    translation = TRANSLATIONS[backbones.name_of(config["model"])]
+    tensors = translation.to_torch(networks["backbone"], "release" if release else "correct")
     if not release:
         return tensors, None
     table = np.asarray(state["extra"]["position"][which])

@@ -10,6 +10,8 @@ import optax
 
 Tree = Any
 Rules = Sequence[tuple[str, Any]]
+UNDECAYED = r"/(bias|scale|gain[12]|table|mask_token)$"  # but relative-position tables and prototypes are decayed
+DECAY_RULES = [(UNDECAYED, "plain"), ("", "decayed")]  # groups of `grouped_adamw`
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:

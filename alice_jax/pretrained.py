@@ -1,10 +1,9 @@
 """Weights of one network as the start of another: what fits by name and shape is taken, and all is accounted for."""
 
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,12 @@ import numpy as np
 from alice_jax import checkpoint
 from alice_jax.contract import Contract
 from alice_jax.errors import UserError
-from alice_jax.interop import names, nnformer, primus, resenc, torch_file
+from alice_jax.interop import names, torch_file
+from alice_jax.interop.backbones import TRANSLATIONS
 
 LEAST_SHARE = 0.9  # of the wanted values; with less it is another network
 WHICH = ("teacher", "student")
 Values = dict[str, np.ndarray]
-# Reconstructing networks with a mask token, from the names of the authors' and of nnU-Net's classes.
-FROM_TORCH: dict[str, Callable[[names.State], Mapping[str, Any]]] = {
-    "nnformer": functools.partial(nnformer.from_torch, mask_token=True),
-    "resenc": resenc.from_torch,
-    "primus": functools.partial(primus.from_torch, mask_token=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +26,20 @@ class Pretrained:
 
     Attributes:
       values: by the name of the parameter, which begins with "backbone/".
+      model: its kind and sizes, as in a configuration.
       contract: how scans were prepared for it.
       position_index: of its windows, "correct" or "release".
+      precision: of the computation, as in a configuration.
+      position_table: whether release mode added a fixed one to its first tokens, which is none of the values.
       what: names it for the user.
     """
 
     values: Values
+    model: Mapping[str, Any]
     contract: Contract
     position_index: str
+    precision: str
+    position_table: bool
     what: str
 
 
@@ -54,11 +54,13 @@ def read(path: str, which: str = "teacher", field: str = "init_from") -> Pretrai
         raise UserError(f"which {which!r}: choose {' or '.join(WHICH)}")
     if "://" in path or os.path.isdir(path):
         return _of_run(path, which, field)
+    if not os.path.isfile(path):
+        raise UserError(f"{field} {path}: is not there; give the folder of a run, or a file of alice_jax.export")
     return _of_file(Path(path), field)
 
 
 def _of_run(workdir: str, which: str, field: str) -> Pretrained:
-    config, state = checkpoint.restore_arrays(workdir, parts=("params", "extra", "host"))
+    config, state = checkpoint.restore_arrays(workdir, parts=("params", "extra", "host"), field=field)
     pretraining = config.get("objective") == "alice"
     networks = state["extra"]["teacher"] if pretraining and which == "teacher" else state["params"]
     if "backbone" not in networks:
@@ -67,8 +69,11 @@ def _of_run(workdir: str, which: str, field: str) -> Pretrained:
     what = f"{field} {workdir}" + (f" ({which})" if pretraining else "")
     return Pretrained(
         values=_named(networks["backbone"]),
+        model=config["model"],
         contract=Contract.from_json(state["host"].get("contract"), what),
-        position_index="release" if release else "correct",
+        position_index="release" if release else config["model"].get("position_index", "correct"),
+        precision=config["precision"],
+        position_table=release,
         what=what,
     )
 
@@ -78,12 +83,21 @@ def _of_file(path: Path, field: str) -> Pretrained:
     tensors = torch_file.load(str(path))
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))
-        kind, index = about["model"].get("backbone", "nnformer"), about.get("relative_position_index", "correct")
+        sizes, index = dict(about["model"]), about.get("relative_position_index", "correct")
+        kind = sizes.pop("backbone", "nnformer")
+        translation = TRANSLATIONS[kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{what}: {sidecar.name}, which says how to use it, cannot be read ({error!r}); "
                         "export the weights again") from None  # fmt: skip
-    values = _named(FROM_TORCH[kind](tensors))
-    return Pretrained(values, Contract.from_json(about, what), index, what)
+    return Pretrained(
+        values=_named(translation.from_torch(tensors)),
+        model={"backbone": kind, kind: sizes, **sizes},
+        contract=Contract.from_json(about, what),
+        position_index=index,
+        precision="auto",
+        position_table="position_embedding" in about,
+        what=what,
+    )
 
 
 def _named(tree: Mapping[str, Any]) -> Values:
@@ -102,18 +116,21 @@ class Fit:
       share: of the wanted values of the network.
       left_out: names of what the network has no place for.
       new: names of what stays random.
+      position_table: whether the weights were trained with a fixed one, which is left out too.
     """
 
     taken: Values
     share: float
     left_out: tuple[str, ...]
     new: tuple[str, ...]
+    position_table: bool = False
 
     def account(self, what: str) -> str:
         """One line for the user."""
+        table = "; trained with the fixed position table of release mode, which is not added here"
         return (
             f"{what}: {len(self.taken)} tensors taken, {self.share:.1%} of the backbone's values; "
-            f"left out: {_list(self.left_out)}; new: {_list(self.new)}"
+            f"left out: {_list(self.left_out)}; new: {_list(self.new)}{table if self.position_table else ''}"
         )
 
 
@@ -136,13 +153,15 @@ def fit(source: Pretrained, shapes: Mapping[str, tuple[int, ...]], wanted: Colle
         there = source.values[first].shape if first in source.values else "none"
         raise UserError(
             f"{source.what}: {share:.0%} of the backbone's values match ({first} is {there} there and {shapes[first]} "
-            "here), so it is another architecture; set the fields of model to those of that run"
+            "here), so it is another architecture; set the fields of model to those of that run, or "
+            "init_parts to encoder where the decoder alone differs, as Primus's does with the number of classes"
         )
     return Fit(
         taken={name: source.values[name] for name in shapes if name in same},
         share=share,
         left_out=tuple(name for name in source.values if name not in same),
         new=tuple(name for name in shapes if name not in same),
+        position_table=source.position_table,
     )
 
 

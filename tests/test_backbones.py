@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import noise_store
 from random_weights import random_weights
 
 from alice_jax import checkpoint, export, tasks, train, train_state
 from alice_jax.contract import Contract
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
+from alice_jax.evaluation import backbone
 from alice_jax.interop import primus, resenc, torch_file
 from alice_jax.models.nnformer import NNFormer
 from alice_jax.models.primus import Primus
 from alice_jax.models.resenc import ResEnc
+from configs import segment
 
 CROP = (1, 16, 16, 16, 1)
 SMALL = {
@@ -194,6 +197,43 @@ def test_export_round_trip(trained, tmp_path):
         trained_values = {part: tree for part, tree in trained_values.items() if part != "mask_token"}
     returned = resenc.from_torch(tensors) if name == "resenc" else primus.from_torch(tensors, mask_token=True)
     jax.tree.map(np.testing.assert_array_equal, returned, trained_values)
+
+
+def test_cells_of_runs_and_of_exported_files(trained, tmp_path):
+    name, config, _, state, workdir = trained
+    store = noise_store(str(tmp_path / "store"), scans=1, shape_zyx=(16, 16, 16))
+    network = tasks.backbones.make(config.model, mask_tokens=False)
+    assert backbone.load(workdir, "student").network == network
+    cells = backbone.load(workdir, "student").cell_vectors(store, "case0")
+    assert cells.vectors.shape[1] == network.decoder_channels and np.isfinite(cells.vectors).all()
+    pytest.importorskip("torch")
+    out = str(tmp_path / "backbone.pth")
+    assert export.main(["--workdir", workdir, "--out", out, "--which", "student"]) == 0
+    exported = backbone.load(out)
+    assert exported.network == network
+    jax.tree.map(np.testing.assert_array_equal, exported.params["decoder_0" if name == "resenc" else "up_0"],
+                 state.params["backbone"]["decoder_0" if name == "resenc" else "up_0"])  # fmt: skip
+    sidecar = tmp_path / "backbone.pth.json"
+    about = json.loads(sidecar.read_text())
+    for model in ("resenc", {"backbone": "unet"}):
+        sidecar.write_text(json.dumps(about | {"model": model}))
+        with pytest.raises(UserError, match=r"backbone\.pth\.json, which says how to use it, cannot be read"):
+            backbone.load(out)
+
+
+def test_cells_of_a_segmentation_run_whose_decoder_depends_on_the_classes(tmp_path):
+    config = segment.get_config("tiny")
+    config.model.update(backbone="primus", primus={"width": 24, "depth": 1, "heads": 2, "drop_path": 0.0})
+    network = tasks.segment.network_of(config, 14)
+    weights = random_weights(jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros(CROP), method="segment")))
+    agreed = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), CROP[1:4], tuple(f"class {i}" for i in range(14)))
+    workdir = str(tmp_path / "run")
+    checkpoint.write_config(workdir, config.to_dict())
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        state = train_state.TrainState(jnp.array(1), {"backbone": weights["params"]}, {}, opt_state={})
+        checkpoints.save(1, state, {"contract": agreed.to_json()})
+    store = noise_store(str(tmp_path / "store"), scans=1, shape_zyx=(16, 16, 16))
+    assert backbone.load(workdir).cell_vectors(store, "case0").vectors.shape == (64, network.decoder_channels)
 
 
 def test_mask_cells_are_the_encoders_tokens():

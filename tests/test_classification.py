@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from builders import add_volume
+from builders import add_volume, noise_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alice_jax import checkpoint, evaluate, metrics, train
+from alice_jax import checkpoint, cli, evaluate, metrics, train
 from alice_jax.data import class_labels, class_views
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -121,6 +121,18 @@ def test_no_classifier_has_seen_the_patient_that_it_judges():
         assert class_scores.measures(truth, together)["auroc"] < 0.7
 
 
+@pytest.mark.parametrize("truth", [[[0, 0], [0, 1], [1, 0], [1, 1]], [[0, 1], [0, 1], [1, 0], [1, 1]], [0, 1, 0, 1]])
+@pytest.mark.parametrize("patients", ["abcd", "aabb", "abbb"])
+def test_few_scans_are_cross_validated_in_few_folds(truth, patients):
+    (scores,) = class_scores.cross_validated("k-NN", np.eye(4), np.array(truth), list(patients), 2, repeats=1)
+    assert scores.shape == (4, 2) and np.isfinite(scores).all()
+
+
+def test_scans_of_one_patient_cannot_be_cross_validated():
+    with pytest.raises(UserError, match="all of its scans are of patient a"):
+        class_scores.cross_validated("k-NN", np.eye(4), np.array([0, 1, 0, 1]), ["a"] * 4, 2)
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -131,7 +143,7 @@ def test_fine_tuning_learns_and_tells_how_well(finetuned, store):
 
 
 def test_a_probe_trains_the_head_alone_on_the_weights_that_it_starts_from(finetuned, store, tmp_path, capsys):
-    config = small(store, "bright,large", steps=1, init_from=finetuned)
+    config = small(store, "bright, large", steps=1, init_from=finetuned)
     with config.unlocked():
         config.method.kind = "probe"
     assert train.run(config, str(tmp_path)) == 0
@@ -140,6 +152,9 @@ def test_a_probe_trains_the_head_alone_on_the_weights_that_it_starts_from(finetu
     for start, end in zip(*map(leaves, (before["backbone"], after["backbone"])), strict=True):
         np.testing.assert_array_equal(start, end)
     assert after["head"]["kernel"].shape == (16, 2) and np.any(after["head"]["kernel"])  # it began at 0
+    arguments = ["--workdir", str(tmp_path), "--store", store.path, "--repeats", "1", "--draws", "2"]
+    assert evaluate.main(["--task", "classification", *arguments]) == 0
+    assert "12 scans (4 bright, 6 large)" in capsys.readouterr().out
 
 
 def test_weights_for_other_crops_are_refused(finetuned, store, tmp_path):
@@ -176,6 +191,41 @@ def test_evaluate_measures_features_and_the_head_of_a_run(finetuned, store, tmp_
         assert measures["auroc"] == [1.0, 1.0, 1.0]
     # The head judges as the run itself did: the same grid of crops, the same held-out scans.
     assert found["its head, 3 unseen"]["f1"][0] == metrics.read(finetuned)[-1]["validation/f1"]
+
+
+def labels_of(store, names=("0", "1"), ids=None):
+    """As from a CSV without "train": scans to judge alone."""
+    ids = tuple(store.ids()) if ids is None else ids
+    return class_labels.ClassLabels(ids, names, np.arange(len(ids)) % 2, ("test",) * len(ids), ids)
+
+
+def test_the_head_is_judged_on_all_that_the_run_has_not_trained_on(finetuned, store, tmp_path):
+    features = np.random.default_rng(0).normal(size=(12, 16))
+    (name,) = few = classification.of_head(finetuned, store, labels_of(store), features, draws=2)
+    assert name == "its head, 3 unseen"  # whatever the CSV says now
+    assert few != classification.of_head(finetuned, store, labels_of(store), features, draws=50)
+    trained = tuple(checkpoint.restore_arrays(finetuned, parts=("params", "host"))[1]["host"]["coverage"]["counts"])
+    assert classification.of_head(finetuned, store, labels_of(store, ids=trained), features[:9], draws=2) == {}
+    other = noise_store(str(tmp_path), scans=0)
+    for id in trained[:4]:  # names that the run's store has too
+        add_volume(other, id, np.zeros((16, 16, 16)))
+    assert list(classification.of_head(finetuned, other, labels_of(other), features[:4], 2)) == ["its head, 4 unseen"]
+
+
+def test_a_head_for_other_classes_is_refused(finetuned, store):
+    with pytest.raises(UserError, match="tells 0, 1 apart, the labels no, yes; give labels of these classes"):
+        classification.of_head(finetuned, store, labels_of(store, ("no", "yes")), np.zeros((12, 16)), draws=2)
+
+
+def test_without_scans_to_train_on_features_are_cross_validated(store):
+    features = (np.arange(12) % 2)[:, None] + np.linspace(0, 0.1, 12)[:, None]
+    found = classification.of_features(features, labels_of(store), folds=3, repeats=1, draws=10)
+    assert {kind: measures["auroc"][0] for kind, measures in found.items()} == {"k-NN": 1.0, "linear probe": 1.0}
+
+
+def test_numbers_that_are_not_known_are_null_in_json(tmp_path):
+    cli.write_numbers(str(tmp_path / "numbers.json"), {"k-NN": {"auroc": (np.nan, 0.5, 1.0)}})
+    assert json.loads((tmp_path / "numbers.json").read_text()) == {"k-NN": {"auroc": [None, 0.5, 1.0]}}
 
 
 def test_evaluate_follows_the_split_of_the_file(store):

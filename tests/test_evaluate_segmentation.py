@@ -150,6 +150,15 @@ def test_files_without_names_are_compared_by_number(tmp_path, capsys):
     assert "label 3" in capsys.readouterr().out
 
 
+def test_a_dataset_json_beside_predictions_names_their_numbers_alone(folders, capsys):
+    """nnU-Net copies that of its training data into the folder of its predictions."""
+    (folders["--predictions"] / "labels.json").unlink()
+    about = {"channel_names": {"0": "CT"}, "numTraining": 40, "labels": {"background": 0, "liver": 2, "spleen": 1}}
+    (folders["--predictions"] / "dataset.json").write_text(json.dumps(about))
+    assert run({flag: folders[flag] for flag in ("--truth", "--predictions")}) == 0
+    assert "6 masks: 1 missed and 0 invented" in capsys.readouterr().out
+
+
 def missing(folders):
     (folders["--predictions"] / "b.nii.gz").unlink()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_weights import random_weights
 
-from alice_jax import checkpoint, export, tasks, train_state
+from alice_jax import checkpoint, export, pretrained, tasks, train_state
 from alice_jax.contract import Contract
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
@@ -68,6 +68,7 @@ def test_torch_computes_the_same(run, which, tmp_path, capsys):
     if "position_embedding" in about:
         position = np.load(tmp_path / about["position_embedding"])
     assert (position is not None) == (alice.mode.position_embedding)
+    assert {pretrained.read(path).position_table for path in (str(out), workdir)} == {alice.mode.position_embedding}
 
     volume = np.random.default_rng(0).random((2, 32, 48, 32, 1), np.float32)
     networks = extra["teacher"] if which == "teacher" else params

@@ -145,10 +145,6 @@ def test_many_classes_take_two_bytes_a_voxel():
     assert (original.label_dtype(256), original.label_dtype(257)) == (np.uint8, np.uint16)
 
 
-def no_classes(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment, "load", lambda workdir, step: (Thresholds(), {}, contract(classes=())))
-
-
 def other_classes(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "labels.json").write_text('{"labels": {"liver": 1}}')
@@ -169,7 +165,6 @@ def never_mirrored(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, more, message",
     [
-        (no_classes, (), "--workdir run: its network tells no classes apart"),
         (other_classes, (), "out: has labels of other classes .*; name another folder"),
         (nothing, (), "--input .*in: no scan in it"),
         (a_file, (), "--out .*out: "),

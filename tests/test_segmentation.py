@@ -16,7 +16,7 @@ from alice_jax.data import label_maps
 from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-from alice_jax.objectives import segmentation
+from alice_jax.objectives import alice, segmentation
 from configs import segment
 
 SHAPE = (40, 36, 44)
@@ -217,8 +217,16 @@ def test_layer_wise_rates_and_freezing_by_rules():
     )  # fmt: skip
     groups = dict(pretrained.names.leaves(optimizer.by_rules(tree, tasks.segment.group_rules(taken, held=True))))
     assert [groups[name] for name in names] == ["held", "held", "held plain", "held", "decayed", "decayed"]
+    assert dict(tasks.segment.rate_rules(["backbone/norm/scale"], ["backbone/norm/scale", *taken], 0.5, 0.1)) == {
+        r"^backbone/norm/scale$": 0.05, "": 1.0,
+    }  # fmt: skip
     free = dict(pretrained.names.leaves(optimizer.by_rules(tree, tasks.segment.group_rules(taken, held=False))))
     assert set(free.values()) == {"decayed", "plain"}
+    gain = {"backbone": {"block_0": {"gain1": 0}}}
+    assert all(
+        dict(pretrained.names.leaves(optimizer.by_rules(gain, rules)))["backbone/block_0/gain1"] == "plain"
+        for rules in (tasks.segment.group_rules(taken, held=False), alice.GROUP_RULES)
+    )
 
 
 # ---------------------------------------------------------------- a run
@@ -286,6 +294,18 @@ def test_load_gives_what_prediction_needs(finished):
     assert logits.shape == (2, 16, 16, 16, 4)
 
 
+def test_the_account_names_the_position_table_of_release_mode(pretrained_run):
+    source = dataclasses.replace(pretrained.read(pretrained_run), position_table=True)
+    fit = pretrained.fit(source, {name: value.shape for name, value in source.values.items()})
+    assert fit.account("init_from runs/alice").endswith("new: none; trained with the fixed position table of release "
+                                                        "mode, which is not added here")  # fmt: skip
+
+
+def test_a_pretraining_run_labels_nothing(pretrained_run):
+    with pytest.raises(UserError, match=r"objective 'alice'; give a run of configs/segment\.py"):
+        tasks.segment.load(pretrained_run)
+
+
 def test_the_account_names_what_was_left_out_and_what_is_new(store, pretrained_run):
     task = tasks.make(small(store, init_from=pretrained_run), store)
     (warning, account) = task.notes  # cord is in case0 alone, which is held out
@@ -325,14 +345,15 @@ def test_resuming_on_a_store_of_another_kind_is_refused(store, finished, tmp_pat
 MISTAKES = {
     "another architecture": (
         {"model.width": 16, "model.heads": (2, 4)},
-        "another architecture; set the fields of model",
+        "another architecture; set the fields of model .* init_parts to encoder where the decoder alone differs",
     ),
     "another crop": ({"views.crop_shape_zyx": (32, 32, 32)}, "crop_shape_zyx is .*16.* there and .*32.* here"),
     "another window": ({"views.window_hu": (-100.0, 200.0)}, "window_hu is .*-125.* there"),
     "other windows": ({"model.position_index": "release"}, "set model.position_index to correct"),
     "parts": ({"init_parts": "head"}, "init_parts 'head'"),
     "which": ({"which": "both"}, "which 'both'"),
-    "nothing there": ({"init_from": "nowhere.pth"}, "nowhere.pth"),
+    "nothing there": ({"init_from": "nowhere.pth"}, "init_from nowhere.pth: is not there"),
+    "no run": ({"init_from": "tests"}, "init_from tests: holds no run"),
     "a crop of other sides": ({"views.crop_shape_zyx": (16, 16, 18)}, "give three multiples of .4, 4, 4"),
     "unknown class": ({"data.classes": ("kidney",)}, "'kidney': the store has liver, spleen, cord"),
     "absent class": ({"data.classes": ("cord",)}, "none of cord is in the 4 training scans"),
@@ -342,6 +363,12 @@ MISTAKES = {
     "shots and fraction": ({"data.shots": 1, "data.fraction": 0.5}, "one of the two"),
     "fraction": ({"data.fraction": 0.0}, "above 0"),
     "augmentation": ({"augmentation.noise": (2.0, 0.1)}, "augmentation.noise"),
+    "no zoom": ({"augmentation.zoom": (0.2, 0.0, 1.0)}, "augmentation.zoom .* above 0"),
+    "negative blur": ({"augmentation.blur_voxels": (0.2, -1.0, 1.0)}, "augmentation.blur_voxels .* 0 or more"),
+    "many unknown scans": (
+        {"data.train_scans": ",".join(f"scan_{i:010}" for i in range(30))},
+        "scan_0000000000: is no",
+    ),
     "flips": ({"augmentation.flip_axes": (3,)}, "flip_axes"),
     "rate": ({"optimizer.layer_decay": 2.0}, "layer_decay"),
     "freeze": ({"optimizer.freeze": "long"}, "optimizer.freeze"),

@@ -70,6 +70,17 @@ def find(path: str | os.PathLike, skip: str = "") -> Found:
     return found
 
 
+def files_below(folder: str | os.PathLike) -> dict[str, str]:
+    """The files with a scan's ending below a folder by the ids that they propose, whatever a dataset.json there lists.
+
+    >>> files_below("no/such/folder")
+    {}
+    """
+    root = Path(folder)
+    files = [path for path in sorted(root.rglob("[!.]*")) if _ending(path.name) and path.is_file()]
+    return {_source(path, root, "", channel_suffix=True).id: str(path) for path in files}
+
+
 def assign_ids(sources: Iterable[Source], known: Mapping[str, str]) -> list[Source]:
     """Gives each source an id of its own; `known` are the ids that absolute paths have in the store already.
 

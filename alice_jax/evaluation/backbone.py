@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from alice_jax import checkpoint, contract, pretrained, sharding, tasks
+from alice_jax import contract, pretrained, sharding, tasks
 from alice_jax.contract import Contract
 from alice_jax.data import matching
 from alice_jax.data.cells import triple
@@ -29,16 +28,12 @@ from alice_jax.data.embeddings import body_cells
 from alice_jax.data.store import Store
 from alice_jax.data.views import windowed
 from alice_jax.errors import UserError
+from alice_jax.interop.names import leaves
 from alice_jax.models.backbone import Backbone, mean_token
-from alice_jax.tasks.task import contract_of
+from alice_jax.tasks.task import compute_dtype, contract_of
 
 WHICH = ("teacher", "student", "random")
 AT_ONCE = 8  # crops on each device
-NETWORKS: dict[str, Callable[[ConfigDict], Backbone]] = {
-    "alice": lambda config: tasks.pretrain.networks(config).backbone,
-    "classification": tasks.classify.backbone_of,
-    "segmentation": lambda config: tasks.segment.network_of(config, 1),
-}
 Triple = tuple[int, int, int]
 
 
@@ -93,7 +88,9 @@ class TrainedBackbone:
         Raises:
           UserError: the run has trained the encoder alone.
         """
-        if not any(name.startswith("decoder") for name in self.params):
+        crop_shape = self.contract.crop_shape_zyx
+        needed = tasks.segment.shapes_of(self.network, crop_shape, lambda net, x: net.decode_tokens(net.encode(x)))
+        if needed.keys() - dict(leaves(self.params, "backbone/")):
             raise UserError("--backbone: this run has trained an encoder alone; give a run of pretraining")
         shape, (crop, window_hu) = store.scan(id).shape_zyx, self._prepared(store)
         lattice = itertools.product(*(range(0, max(n - c // 2, 1), c // 2) for n, c in zip(shape, crop, strict=True)))
@@ -156,16 +153,21 @@ class TrainedBackbone:
             yield from zip(names, np.asarray(values), strict=False)
 
 
-def load(workdir: str, which: str = "teacher", flag: str = "--workdir") -> TrainedBackbone:
-    """The backbone of a run.
+def load(path: str, which: str = "teacher", flag: str = "--workdir") -> TrainedBackbone:
+    """The backbone of a run, or of a file that `alice_jax.export` wrote.
 
     Args:
       which: of the two networks of a pretraining run, "teacher" or "student"; "random": none of what it has learnt.
       flag: names, in errors, what gave the path.
     """
-    source = pretrained.read(workdir, pretrained.WHICH[0] if which == "random" else which, flag)
-    settings = ConfigDict(checkpoint.read_config(workdir))
-    network = NETWORKS[settings.objective](settings)
+    source = pretrained.read(path, pretrained.WHICH[0] if which == "random" else which, flag)
+    network = tasks.backbones.make(
+        source.model,
+        position_index=source.position_index,
+        mask_tokens=False,  # nothing is hidden
+        out_channels=len(source.contract.classes) or 1,
+        dtype=compute_dtype(source.precision),
+    )
     params = traverse_util.unflatten_dict({tuple(name.split("/")): value for name, value in source.values.items()})
     if which == "random":
         volumes = np.zeros((1, *source.contract.crop_shape_zyx, 1), np.float32)

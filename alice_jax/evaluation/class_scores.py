@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from alice_jax.errors import UserError
+
 NEIGHBOURS = 5
 MEASURES = ("auroc", "balanced_accuracy", "f1")
 LEVEL = 0.95  # of the intervals
@@ -113,17 +115,25 @@ def cross_validated(
     """For each repeat the scores (n, K) of scans by classifiers that have seen neither them nor their patients.
 
     Folds are stratified by class, or by the combination of labels; there are at most as many as the rarest class has
-    patients.
+    patients, or the commonest combination scans.
+
+    Raises:
+      UserError: all scans are of one patient.
     """
     from sklearn import model_selection
 
     strata = np.unique(truth, axis=0, return_inverse=True)[1].ravel()
     groups = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if not groups.any():
+        raise UserError(f"--labels: all of its scans are of patient {patients[0]}; cross-validation needs two or more")
+    if strata.max() + 1 == len(strata):  # each scan stands alone
+        strata = np.zeros_like(strata)
     if truth.ndim == 1:
         folds = min(folds, *(len(np.unique(groups[strata == s])) for s in range(strata.max() + 1)))
+    folds = max(2, min(folds, np.bincount(strata).max(), groups.max() + 1))
     found = []
     for repeat in range(repeats):
-        division = model_selection.StratifiedGroupKFold(max(folds, 2), shuffle=True, random_state=seed + repeat)
+        division = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
         scores = np.zeros((len(truth), classes))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of combinations of labels that are rarer than the folds

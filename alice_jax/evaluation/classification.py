@@ -4,21 +4,18 @@
 
 RUN is a run of pretraining, whose backbone is looked at as it is, or one of configs/classify.py, whose own head is
 judged too, on the scans that it has not seen. A scan's feature is the mean token over crops that cover its body; on it
-k-NN and a linear probe are fitted, on the split of the CSV or in repeated cross-validation, patients together.
+k-NN and a linear probe are fitted, on "train" of the CSV's split or in repeated cross-validation, patients together.
 AUROC, balanced accuracy and F1 come with 95 % intervals, from a bootstrap over patients.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from alice_jax import builtin, checkpoint, cli, host, tasks
-from alice_jax.data import class_labels
+from alice_jax.data import class_labels, files
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -32,19 +29,19 @@ def of_features(
 ) -> dict[str, Intervals]:
     """{classifier: measures} on features (n, c) of all labelled scans.
 
-    On the split of the file where it has one: fitted on "train", judged on "test", or "validation" if there is no test.
+    Fitted on the file's "train" and judged on its "test", or "validation" if there is no test; cross-validated where it
+    has no "train".
     """
     classes = len(labels.names)
-    judged = np.arange(len(labels.scans))
-    if labels.splits:
+    judged, by_split = np.arange(len(labels.scans)), "train" in labels.splits
+    if by_split:
         test = "test" if "test" in labels.splits else "validation"
         fitted, judged = labels.rows(labels.of_split("train")), labels.rows(labels.of_split(test))
-        for name, rows in (("train", fitted), ("test", judged)):
-            if not len(rows):
-                raise UserError(f"--labels: its column split has no {name!r}; give some scans to it, or no column")
+        if not len(judged):
+            raise UserError("--labels: its column split has no 'test'; give some scans to it, or no column")
     patients, found = [labels.patients[row] for row in judged], {}
     for kind in class_scores.CLASSIFIERS:
-        if labels.splits:
+        if by_split:
             scores = [class_scores.scores_of(kind, features[fitted], labels.targets[fitted], features[judged], classes)]
         else:
             scores = class_scores.cross_validated(kind, features, labels.targets, patients, classes, folds, repeats)
@@ -52,19 +49,30 @@ def of_features(
     return found
 
 
-def of_head(workdir: str, labels: ClassLabels, features: np.ndarray, draws: int) -> tuple[int, Intervals]:
-    """What a run of configs/classify.py says itself of the scans that it has not seen: their number, and measures."""
-    config, state = checkpoint.restore_arrays(workdir)
-    seen, _ = tasks.classify.divided(ConfigDict(config), labels)
-    rows = [row for row, scan in enumerate(labels.scans) if scan not in seen]
+def of_head(workdir: str, store: Store, labels: ClassLabels, features: np.ndarray, draws: int) -> dict[str, Intervals]:
+    """What a run of configs/classify.py says itself of the scans that it has not trained on; {} where there are none.
+
+    Another store, one that lacks scans of the training, holds none of them whatever its ids.
+    """
+    config, state = checkpoint.restore_arrays(workdir, parts=("params", "host"))
+    names = tuple(state["host"]["contract"]["classes"])
+    if names != labels.names:
+        raise UserError(
+            f"--workdir {workdir}: tells {', '.join(names)} apart, the labels {', '.join(labels.names)}; give labels "
+            "of these classes, in this order"
+        )
+    trained = set(state["host"]["coverage"]["counts"])
+    if files.normalised(config["data"]["store"]) != store.path and not trained <= set(store.ids()):
+        trained = set()
+    rows = [row for row, scan in enumerate(labels.scans) if scan not in trained]
+    if not rows:
+        return {}
     head = state["params"]["head"]
     logits = features[rows] @ head["kernel"] + head["bias"]
-    if logits.shape[1] != len(labels.names):
-        raise UserError(f"--workdir {workdir}: tells {logits.shape[1]} classes apart, the labels {len(labels.names)}")
     scores = np.asarray(tasks.classify.classification.probabilities(logits, labels.multi))
-    return len(rows), class_scores.with_intervals(
-        labels.targets[rows], [scores], [labels.patients[row] for row in rows]
-    )
+    patients = [labels.patients[row] for row in rows]
+    measures = class_scores.with_intervals(labels.targets[rows], [scores], patients, draws)
+    return {f"its head, {len(rows)} unseen": measures}
 
 
 def table(found: dict[str, Intervals]) -> str:
@@ -83,21 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = backbone.load(args.workdir, args.which)
     store = Store.open(args.store or builtin.labelled_patients())
     config = checkpoint.read_config(args.workdir) or {}
-    own_head = config["objective"] == "classification" and args.which != "random"
+    own_head = config.get("objective") == "classification" and args.which != "random"
     path = args.labels or (own_head and config["data"]["labels"]) or os.path.join(store.path, class_labels.FILE)
-    columns = args.columns or (config["data"]["label_columns"].split(",") if own_head else [])
-    labels = class_labels.read(path, store, [name for name in columns if name])
+    columns = args.columns or (class_labels.listed(config["data"]["label_columns"]) if own_head else [])
+    labels = class_labels.read(path, store, columns)
     features = trained.scan_features(store, labels.scans)
     counts = class_labels.summary(labels.counts(np.arange(len(labels.scans))))
-    how = "the split of the file" if labels.splits else f"{args.repeats} cross-validations of up to {args.folds} folds"
+    how = (
+        "the split of the file"
+        if "train" in labels.splits
+        else f"{args.repeats} cross-validations of up to {args.folds} folds"
+    )
     print(f"{len(labels.scans)} scans ({counts}); {args.which} backbone of {args.workdir}; {how}")
     found = of_features(features, labels, args.folds, args.repeats, args.draws)
     if own_head:
-        count, measures = of_head(args.workdir, labels, features, args.draws)
-        found[f"its head, {count} unseen"] = measures
+        found |= of_head(args.workdir, store, labels, features, args.draws)
     print(table(found))
     if args.json:
-        cli.write(Path(args.json), json.dumps(found, indent=2).encode() + b"\n", "--json")
+        cli.write_numbers(args.json, found)
     return 0
 
 

@@ -44,12 +44,11 @@ class Labels:
     @staticmethod
     def of(folder: str, flag: str, names_file: str | None = None) -> "Labels":
         """Those of a folder, or a `UserError` where there are none."""
-        found = sources.find(folder).sources if Path(folder).is_dir() else []
-        if not found:
+        files = sources.files_below(folder)
+        if not files:
             raise UserError(f"{flag} {folder}: is no folder of label files; give one with a NIfTI file for each case")
         nearby = [at / name for at in (Path(folder), Path(folder).absolute().parent) for name in NAMES]
         table = names_file or next((path for path in nearby if path.is_file()), None)
-        files = {source.id.removesuffix("_0000"): source.path for source in found}
         return Labels(files, label_maps.names_of(table) if table else None)
 
     def codes(self, case: str) -> tuple[np.ndarray, np.ndarray]:

@@ -312,8 +312,7 @@ class Alice:
 GROUP_RULES: optimizer.Rules = [
     (r"^head/last(_tokens)?/gain$", "frozen"),  # weight normalisation with its gain fixed at 1
     (r"^head/last(_tokens)?/", "held"),
-    (r"/(bias|scale|gain[12]|table|mask_token)$", "plain"),  # relative-position tables and prototypes are decayed
-    (r"", "decayed"),
+    *optimizer.DECAY_RULES,
 ]
 
 

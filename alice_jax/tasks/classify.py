@@ -25,8 +25,7 @@ KINDS = ("finetune", "probe")
 def labels_of(config: ConfigDict, store: Store) -> ClassLabels:
     """The labels that a configuration names, by default those in the store's own folder."""
     path = config.data.labels or os.path.join(store.path, class_labels.FILE)
-    columns = [name.strip() for name in config.data.label_columns.split(",") if name.strip()]
-    return class_labels.read(path, store, columns)
+    return class_labels.read(path, store, class_labels.listed(config.data.label_columns))
 
 
 def divided(config: ConfigDict, labels: ClassLabels) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -89,7 +88,7 @@ def task(config: ConfigDict, store: Store) -> Task:
             optimizer=optimizer.grouped_adamw(
                 learning_rate=rate,
                 weight_decay=lambda step: recipe.weight_decay,
-                group_rules=[(r"^backbone/", "frozen")] * frozen + [(r"/(bias|scale)$", "plain"), (r"", "decayed")],
+                group_rules=[(r"^backbone/", "frozen")] * frozen + optimizer.DECAY_RULES,
                 clip=optax.clip_by_global_norm(recipe.clip),
             ),
             schedules={"learning_rate": rate},

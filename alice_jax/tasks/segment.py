@@ -1,8 +1,9 @@
 """Segmentation: network, recipe and samples of `objectives/segmentation`."""
 
 import dataclasses
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from alice_jax import checkpoint, contract, optimizer, pretrained, schedules
 from alice_jax.contract import Contract
-from alice_jax.data import label_maps, phantom_tissues
+from alice_jax.data import class_labels, label_maps, phantom_tissues
 from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler, read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -93,8 +94,8 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
 
 def _listed(text: str) -> list[str]:
     """Ids separated by commas, or one on each line of a file."""
-    if not Path(text).is_file():
-        return [id.strip() for id in text.split(",") if id.strip()]
+    if not os.path.isfile(text):  # which takes a text of any length
+        return class_labels.listed(text)
     return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -125,8 +126,8 @@ def absent_classes(store: Store, scans: Sequence[str], names: Mapping[int, str],
 # -------------------------------------------------------------------- from pretrained weights
 
 
-def shapes_of(network: Backbone, crop: Sequence[int], method: str) -> Shapes:
-    """Of the parameters that a method of the network uses, by name."""
+def shapes_of(network: Backbone, crop: Sequence[int], method: str | Callable[..., Any]) -> Shapes:
+    """Of the parameters that a method of the network, or a function of it and a volume, uses, by name."""
     volume = jnp.zeros((1, *crop, 1))
     tree = jax.eval_shape(lambda: network.init(jax.random.key(0), volume, method=method)["params"])
     return {name: value.shape for name, value in leaves(tree, "backbone/")}
@@ -152,7 +153,8 @@ def rate_rules(taken: Collection[str], encoder: Collection[str], rate: float, la
     """Factors on the learning rate: 1 for what is new, `rate` for what was taken over, and for layers of its encoder
     `layer_decay` once more for each layer that lies between them and its end.
 
-    Layers are counted by the first number in a parameter's name; what has none comes before layer 0.
+    Layers are counted by the first number in a parameter's name; what has none comes before layer 0, but for Primus's
+    `norm`, which ends the encoder.
     """
 
     def layer(name: str) -> int:
@@ -160,18 +162,20 @@ def rate_rules(taken: Collection[str], encoder: Collection[str], rate: float, la
         return int(number[0]) if number else -1
 
     last = max((layer(name) for name in encoder), default=0)
-    factors = {name: rate * layer_decay ** (last + 1 - layer(name)) if name in encoder else rate for name in taken}
+
+    def layers_to_end(name: str) -> int:
+        return 1 if name.startswith("backbone/norm/") else last + 1 - layer(name)
+
+    factors = {name: rate * layer_decay ** layers_to_end(name) if name in encoder else rate for name in taken}
     return [*((f"^{re.escape(name)}$", factor) for name, factor in factors.items()), ("", 1.0)]
 
 
 def group_rules(taken: Collection[str], held: bool) -> optimizer.Rules:
-    """Biases and norms without decay, and what was taken over held, if anything is."""
-    plain = r"/(bias|scale)$"
-    rules = [(plain, "plain"), ("", "decayed")]
+    """`DECAY_RULES`, and what was taken over held, if anything is."""
     if not (held and taken):
-        return rules
+        return optimizer.DECAY_RULES
     of_taken = "^(" + "|".join(map(re.escape, taken)) + ")$"
-    return [(f"(?=.*{plain}){of_taken}", "held plain"), (of_taken, "held"), *rules]
+    return [(f"(?=.*{optimizer.UNDECAYED}){of_taken}", "held plain"), (of_taken, "held"), *optimizer.DECAY_RULES]
 
 
 # -------------------------------------------------------------------- the task
@@ -186,9 +190,15 @@ def check(config: ConfigDict) -> None:
     if not 0 <= config.views.foreground <= 1:
         raise UserError(f"views.foreground {config.views.foreground}: give a share from 0 to 1")
     for name, value in config.augmentation.items():
-        if name != "flip_axes" and not (0 <= value[0] <= 1 and list(value[1:]) == sorted(value[1:])):
+        if name == "flip_axes":
+            continue
+        factor = name in ("zoom", "gamma")
+        low = min(value[1:], default=-1)
+        possible = low > 0 if factor else low >= 0
+        if not (0 <= value[0] <= 1 and possible and list(value[1:]) == sorted(value[1:])):
             raise UserError(
-                f"augmentation.{name} {tuple(value)}: give a share of the crops from 0 to 1, then the range"
+                f"augmentation.{name} {tuple(value)}: give a share of the crops from 0 to 1, then the range, "
+                f"{'above 0' if factor else '0 or more'}"
             )
     if not set(config.augmentation.flip_axes) <= {0, 1, 2}:
         raise UserError(f"augmentation.flip_axes {config.augmentation.flip_axes}: choose among 0 (z), 1 (y) and 2 (x)")
