@@ -1,7 +1,8 @@
 """Does pretraining help? The same few labelled scans, learnt from pretrained weights and from nothing.
 
     python -m alice_jax.study --workdir runs/study                                      # all of it on built-in patients
-    python -m alice_jax.study --workdir runs/study --store LABELLED --pretrained alice=runs/alice mine=weights.pth
+    python -m alice_jax.study --workdir runs/study --store LABELLED --recipe configs/segment.py \
+        --pretrained alice=runs/alice mine=weights.pth
 
 For each number of labelled scans and each seed, every arm is trained by the same recipe, for the same steps, on the
 same scans, and judged on the patients that the recipe holds out (Dice of whole scans by sliding windows). Arms are
@@ -24,14 +25,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import builtin, checkpoint, cli, host, train
+from alice_jax import builtin, checkpoint, cli, contract, host, tasks, train
 from alice_jax.data import label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
@@ -42,7 +43,7 @@ from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
-SCRATCH, FROZEN = "scratch", "frozen"
+SCRATCH, FROZEN, PRETRAINING = "scratch", "frozen", "pretraining"
 # What each rung of the ladder has in place of its recipe's own settings. The hypothesis: none is worse than the last.
 LADDER: dict[str, dict[str, Any]] = {
     "reconstruction": {"loss.invariance": 0.0, "loss.alignment": 0.0, "views.kind": "random"},
@@ -80,15 +81,9 @@ def trained(config: ConfigDict, workdir: Path) -> None:
         sys.exit(code)
 
 
-def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[Arm]:
-    """The ladder's arms, after pretraining what is missing."""
-    arms = []
-    for rung, fields in LADDER.items():
-        folder = workdir / "pretraining" / rung
-        cli.say(f"pretraining: {rung}")
-        trained(recipe(name, fields | {"data.store": store}, steps), folder)
-        arms.append(Arm(rung, str(folder)))
-    return arms
+def ladder_recipe(rung: str, args: argparse.Namespace) -> ConfigDict:
+    """What a rung is pretrained by."""
+    return recipe(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
 
 
 def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
@@ -101,11 +96,11 @@ def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
 
 def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
     """{case: {class: Dice}} of a finished run on the scans that it held out; classes that a case lacks are left out."""
-    network, params, contract = segment.load(str(workdir))
+    network, params, agreed = segment.load(str(workdir))
     names = label_maps.names_in(store)
     codes = segment.classes_of(config.data.classes, store, names)
 
-    sliding = Sliding.of(network, params, contract, overlap=overlap, batch=8)
+    sliding = Sliding.of(network, params, agreed, overlap=overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
     for id in segment.divided(config, store)[1]:
         truth = read_labels(store, id, names)
@@ -118,26 +113,54 @@ def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float)
     return cases
 
 
+def fine_tuning(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> ConfigDict:
+    """What an arm is trained by."""
+    fields = {
+        "seed": seed,
+        "data.subset_seed": seed,
+        "data.store": args.store,
+        "data.validation_fraction": args.held_out,
+        "init_from": arm.init_from,
+        **subset.fields,
+    }
+    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), args.steps)
+
+
 def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Trains and judges one arm on one subset with one seed, unless that was done before."""
     folder = Path(args.workdir, f"{arm.name}-{FROZEN}" if arm.frozen else arm.name, subset.name, f"seed-{seed}")
     done = folder / "dice.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    fields = {
-        "seed": seed,
-        "data.subset_seed": seed,
-        "data.store": args.store,
-        "data.validation_fraction": args.held_out,
-    }
-    fields |= {"init_from": arm.init_from, **subset.fields}
-    config = recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), args.steps)
+    config = fine_tuning(arm, subset, seed, args)
     trained(config, folder)
     found = dice_of_run(config, folder, Store.open(args.store), args.overlap)
     partial = folder / "dice.json.partial"
     partial.write_text(json.dumps(found), encoding="utf-8")
     os.replace(partial, done)
     return found
+
+
+# -------------------------------------------------------------------- before the first training
+
+
+def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespace) -> None:
+    """A `UserError` for what would otherwise stop the study after hours of it."""
+    store = Store.open(args.store)
+    for arm in arms if args.pretrained else arms[:1]:
+        config = fine_tuning(arm, subsets[0], 0, args)
+        agreed = tasks.make(config, store).contract
+    if args.pretrained:
+        return
+    for rung in LADDER:
+        pretraining, what = ladder_recipe(rung, args), f"--pretraining {args.pretraining}"
+        contract.check(tasks.make(pretraining, Store.open(args.unlabelled)).contract, agreed, what)
+    ours, theirs = (
+        segment.shapes_of(network, agreed.crop_shape_zyx, "encode")
+        for network in (segment.network_of(config, 2), tasks.pretrain.networks(pretraining).backbone)
+    )
+    if not ours.items() <= theirs.items():
+        raise UserError(f"{what}: its backbone is not that of --recipe {args.recipe}; set the fields of model alike")
 
 
 def claim(args: argparse.Namespace) -> None:
@@ -213,14 +236,11 @@ def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, M
 # -------------------------------------------------------------------- the command
 
 
-def arms_of(args: argparse.Namespace) -> Iterator[Arm]:
+def arms_of(args: argparse.Namespace) -> list[Arm]:
     """Scratch, then each pretrained one, as it is and frozen."""
-    yield Arm(SCRATCH)
-    given = [Arm(*text.split("=", 1)) for text in args.pretrained]
-    arms = given or pretrained_ladder(args.pretraining, args.unlabelled, args.pretraining_steps, Path(args.workdir))
-    yield from arms
-    if args.probes:
-        yield from (dataclasses.replace(arm, frozen=True) for arm in arms)
+    ladder = [Arm(rung, str(Path(args.workdir, PRETRAINING, rung))) for rung in LADDER]
+    arms = [Arm(*text.split("=", 1)) for text in args.pretrained] or ladder
+    return [Arm(SCRATCH), *arms, *(dataclasses.replace(arm, frozen=True) for arm in arms if args.probes)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,8 +250,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.store and (args.pretrained or args.unlabelled)):
         labelled, unlabelled = builtin.study_stores(train.run)
         args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
+    arms, subsets = arms_of(args), Subset.all_of(args.shots, args.fractions)
+    check(arms, subsets, args)
     claim(args)
-    arms, subsets = list(arms_of(args)), Subset.all_of(args.shots, args.fractions)
+    for rung in () if args.pretrained else LADDER:
+        cli.say(f"pretraining: {rung}")
+        trained(ladder_recipe(rung, args), Path(args.workdir, PRETRAINING, rung))
     runs: dict[tuple[str, str], list[dict[str, dict[str, float]]]] = {}
     began, count, total = time.perf_counter(), 0, len(arms) * len(subsets) * args.seeds
     for arm in arms:

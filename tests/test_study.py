@@ -7,8 +7,11 @@ import csv
 import json
 
 import pytest
+from test_segmentation import labelled_store
 
-from alice_jax import study
+from alice_jax import pretrained, study
+from alice_jax.contract import Contract
+from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
 
 
@@ -27,8 +30,20 @@ def trainings(monkeypatch):
 
     monkeypatch.setattr(study, "trained", trained)
     monkeypatch.setattr(study, "dice_of_run", dice_of_run)
+    monkeypatch.setattr(study, "check", lambda arms, subsets, args: None)
     monkeypatch.setattr(study.Store, "open", lambda path: path)
     return asked
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return labelled_store(str(tmp_path_factory.mktemp("study") / "store"))
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """For what must be refused before the first one."""
+    monkeypatch.setattr(study, "trained", lambda config, workdir: pytest.fail("a training began"))
 
 
 def arguments(tmp_path, *more):
@@ -110,3 +125,40 @@ def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
 def test_mistakes(trainings, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         study.main(arguments(tmp_path, *more))
+
+
+FULL_SIZE = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), (64, 64, 64))
+
+
+def test_weights_that_do_not_fit_the_recipe_are_refused_before_the_first_training(
+    store, no_training, tmp_path, monkeypatch
+):
+    weights = pretrained.Pretrained({}, FULL_SIZE, "correct", "init_from runs/alice")
+    monkeypatch.setattr(pretrained, "read", lambda path, which: weights)
+    with pytest.raises(UserError, match=r"runs/alice: crop_shape_zyx is \(64, 64, 64\) there and \(32, 32, 32\) here"):
+        study.main(arguments(tmp_path, "--store", store.path))
+
+
+@pytest.mark.parametrize(
+    "recipe, pretraining, words",
+    [
+        ("configs/segment.py", "configs/pretrain.py:tiny", r"pretrain.py:tiny: crop_shape_zyx is \(32, 32, 32\) there"),
+        (
+            "configs/segment.py:tiny",
+            "wide.py",
+            r"wide.py: its backbone is not that of --recipe configs/segment.py:tiny",
+        ),
+    ],
+)
+def test_so_is_a_ladder_that_will_not_fit(store, no_training, tmp_path, recipe, pretraining, words):
+    wide = tmp_path / "wide.py"
+    wide.write_text(
+        "from configs import pretrain\n"
+        "def get_config(variant):\n"
+        "    config = pretrain.get_config('tiny').unlock()\n"
+        "    config.model.width = 48\n"
+        "    return config\n"
+    )
+    settings = ["--recipe", recipe, "--pretraining", str(wide) if pretraining == "wide.py" else pretraining]
+    with pytest.raises(UserError, match=words):
+        study.main(["--workdir", str(tmp_path / "study"), "--store", store.path, "--unlabelled", store.path, *settings])
