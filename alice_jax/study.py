@@ -15,12 +15,13 @@ Everything that is done stays done: the same command goes on where it stopped.
     WORKDIR/pretraining/ARM/           runs of alice_jax.train    WORKDIR/study.csv    Dice of each run, case and class
     WORKDIR/ARM/SUBSET/seed-N/         likewise, and dice.json    WORKDIR/study.json   means, differences, intervals
                                                                   WORKDIR/study.png    the same as curves
-    WORKDIR/config.json                what all runs share
+    WORKDIR/config.json                what all runs share, and what each arm starts from
 """
 
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -163,8 +164,17 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
         raise UserError(f"{what}: its backbone is not that of --recipe {args.recipe}; set the fields of model alike")
 
 
-def claim(args: argparse.Namespace) -> None:
-    """Writes what all runs of a study share into a new workdir; refuses one of a study with other settings."""
+def origin(arm: Arm, args: argparse.Namespace) -> dict[str, Any]:
+    """What an arm starts from: the settings of its pretraining, or a path with the step or the bytes that it holds."""
+    if arm.init_from and not args.pretrained:
+        return {name: getattr(args, name) for name in ("pretraining", "pretraining_steps", "unlabelled")}
+    if Path(arm.init_from).is_file():
+        return {"path": arm.init_from, "sha256": hashlib.sha256(Path(arm.init_from).read_bytes()).hexdigest()}
+    return {"path": arm.init_from, "step": checkpoint.newest_intact(arm.init_from)[0]} if arm.init_from else {}
+
+
+def claim(arms: Sequence[Arm], args: argparse.Namespace) -> None:
+    """Writes what all runs of a study share, and what its arms start from, into its workdir; refuses another's."""
     mine = {name: getattr(args, name) for name in ("store", "recipe", "steps", "held_out", "overlap")}
     theirs = checkpoint.read_config(args.workdir)
     for name, value in mine.items():
@@ -173,7 +183,15 @@ def claim(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--workdir {args.workdir}: holds a study with {flag} {theirs.get(name)}; name another folder"
             )
-    checkpoint.write_config(args.workdir, mine)
+    known = (theirs or {}).get("arms", {})
+    origins = {arm.name: origin(arm, args) for arm in arms}
+    for name, value in origins.items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"--workdir {args.workdir}: its arm {name} started from {known[name]}, this one would from {value}; "
+                "name another folder or another arm"
+            )
+    checkpoint.write_config(args.workdir, mine | {"arms": known | origins})
 
 
 # -------------------------------------------------------------------- what comes of it
@@ -252,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
     arms, subsets = arms_of(args), Subset.all_of(args.shots, args.fractions)
     check(arms, subsets, args)
-    claim(args)
+    claim(arms, args)
     for rung in () if args.pretrained else LADDER:
         cli.say(f"pretraining: {rung}")
         trained(ladder_recipe(rung, args), Path(args.workdir, PRETRAINING, rung))

@@ -9,7 +9,7 @@ import json
 import pytest
 from test_segmentation import labelled_store
 
-from alice_jax import pretrained, study
+from alice_jax import checkpoint, pretrained, study
 from alice_jax.contract import Contract
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
@@ -21,7 +21,7 @@ def trainings(monkeypatch):
     asked = []
 
     def trained(config, workdir):
-        workdir.mkdir(parents=True)
+        workdir.mkdir(parents=True, exist_ok=True)
         asked.append(config)
 
     def dice_of_run(config, workdir, store, overlap):
@@ -92,6 +92,59 @@ def test_a_folder_holds_one_study(trainings, tmp_path):
     study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--no-probes"))
     with pytest.raises(UserError, match="holds a study with --steps 0; name another folder"):
         study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--steps", "9"))
+
+
+def step_of(run, step):
+    (run / "checkpoints" / str(step)).mkdir(parents=True)
+    (run / "checkpoints" / str(step) / checkpoint.CHECKSUMS).write_text("{}")
+
+
+def test_an_arm_goes_on_from_the_weights_that_it_started_from(trainings, tmp_path):
+    for name in ("first", "other"):
+        step_of(tmp_path / name, 300)
+    short = ["--workdir", str(tmp_path / "study"), "--store", "labelled", "--shots", "1", "--seeds", "1", "--no-probes"]
+    first, other = (f"alice={tmp_path / name}" for name in ("first", "other"))
+    study.main([*short, "--pretrained", first])
+    study.main([*short, "--pretrained", other.replace("alice", "mine"), first])  # another arm may join
+    assert len(trainings) == 3
+    with pytest.raises(UserError, match=r"its arm alice started from .*first.*, this one would from .*other"):
+        study.main([*short, "--pretrained", other])
+    step_of(tmp_path / "first", 400)
+    with pytest.raises(UserError, match=r"'step': 300}, this one would from .*'step': 400}"):
+        study.main([*short, "--pretrained", first])
+    assert len(trainings) == 3
+
+
+def test_a_file_of_weights_is_known_by_its_bytes(trainings, tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"first")
+    short = arguments(tmp_path, "--pretrained", f"alice={tmp_path / 'a.pth'}", "--shots", "1", "--seeds", "1")
+    study.main(short)
+    (tmp_path / "a.pth").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"its arm alice started from .*sha256"):
+        study.main(short)
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--pretraining-steps", "9"), ("--unlabelled", "others"), ("--pretraining", "tests/configs/small.py")],
+)
+def test_a_ladder_is_pretrained_by_one_recipe(trainings, tmp_path, flag, value):
+    short = ["--workdir", str(tmp_path / "study"), "--store", "labelled", "--unlabelled", "scans", "--no-probes"]
+    study.main([*short, "--shots", "1", "--seeds", "1"])
+    count = len(trainings)
+    with pytest.raises(UserError, match="its arm reconstruction started from"):
+        study.main([*short, "--shots", "1", "--seeds", "1", flag, value])
+    assert len(trainings) == count
+
+
+def test_studies_of_older_versions_go_on(trainings, tmp_path):
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
+    path = tmp_path / "study" / "config.json"
+    config = json.loads(path.read_text())
+    arms = config.pop("arms")
+    path.write_text(json.dumps(config))
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
+    assert len(trainings) == 3 and json.loads(path.read_text())["arms"] == arms
 
 
 def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
