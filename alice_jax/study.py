@@ -95,15 +95,23 @@ def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
     return config
 
 
+def judged_cases(config: ConfigDict, store: Store) -> list[str]:
+    """The scans that a configuration holds out and that show any of its classes."""
+    names = label_maps.names_in(store)
+    codes = list(segment.classes_of(config.data.classes, store, names))
+    held_out = segment.divided(config, store)[1]
+    return [id for id in held_out if np.isin(read_labels(store, id, names), codes).any()]
+
+
 def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
-    """{case: {class: Dice}} of a finished run on the scans that it held out; classes that a case lacks are left out."""
+    """{case: {class: Dice}} of a finished run on `judged_cases`; classes that a case lacks are left out."""
     network, params, agreed = segment.load(str(workdir))
     names = label_maps.names_in(store)
     codes = segment.classes_of(config.data.classes, store, names)
 
     sliding = Sliding.of(network, params, agreed, overlap=overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
-    for id in segment.divided(config, store)[1]:
+    for id in judged_cases(config, store):
         truth = read_labels(store, id, names)
         found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
         cases[id] = {
@@ -150,14 +158,19 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
     store = Store.open(args.store)
     for arm in arms if args.pretrained else arms[:1]:
         config = fine_tuning(arm, subsets[0], 0, args)
-        agreed = tasks.make(config, store).contract
+        task = tasks.make(config, store)
+    judged, held_out = judged_cases(config, store), task.validation_scans
+    cli.say(f"judged by {len(judged)} scans; {len(held_out) - len(judged)} more held out show none of the classes")
+    if len(judged) < 2:
+        raise UserError(f"--held-out {args.held_out}: leaves {len(judged)} scans with labels to judge by, and an "
+                        "interval needs two; give a larger share or prepare more patients")  # fmt: skip
     if args.pretrained:
         return
     for rung in LADDER:
         pretraining, what = ladder_recipe(rung, args), f"--pretraining {args.pretraining}"
-        contract.check(tasks.make(pretraining, Store.open(args.unlabelled)).contract, agreed, what)
+        contract.check(tasks.make(pretraining, Store.open(args.unlabelled)).contract, task.contract, what)
     ours, theirs = (
-        segment.shapes_of(network, agreed.crop_shape_zyx, "encode")
+        segment.shapes_of(network, task.contract.crop_shape_zyx, "encode")
         for network in (segment.network_of(config, 2), tasks.pretrain.networks(pretraining).backbone)
     )
     if not ours.items() <= theirs.items():
@@ -198,12 +211,16 @@ def claim(arms: Sequence[Arm], args: argparse.Namespace) -> None:
 
 
 def by_case(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """The mean over classes and seeds of each case, so that cases are what intervals are over.
+    """The mean over classes and seeds of each case that has any, so that cases are what intervals are over.
 
-    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}}, {"a": {"liver": 0.5, "spleen": 0.0}}])
+    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}, "b": {}}, {"a": {"liver": 0.5, "spleen": 0.0}, "b": {}}])
     {'a': 0.5}
     """
-    return {case: float(np.mean([np.mean(list(run[case].values())) for run in runs])) for case in runs[0]}
+    return {
+        case: float(np.mean([np.mean(list(run[case].values())) for run in runs]))
+        for case, found in runs[0].items()
+        if found
+    }
 
 
 def summarised(values: Sequence[float]) -> dict[str, float]:

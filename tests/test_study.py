@@ -5,14 +5,20 @@ The trainings are replaced by numbers; what a training and its Dice are is teste
 
 import csv
 import json
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from test_segmentation import labelled_store
+from test_segmentation import SHAPE, labelled_store, small
 
 from alice_jax import checkpoint, pretrained, study
 from alice_jax.contract import Contract
+from alice_jax.data import label_maps
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
+from alice_jax.tasks import segment
 
 
 @pytest.fixture
@@ -37,7 +43,10 @@ def trainings(monkeypatch):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return labelled_store(str(tmp_path_factory.mktemp("study") / "store"))
+    """Of 8 scans a half is case0, case2, case4 and case6, the last of them without any class."""
+    store = labelled_store(str(tmp_path_factory.mktemp("study") / "store"), scans=8)
+    store.write_array("case6", label_maps.ARRAY, np.zeros(SHAPE, np.uint8))
+    return store
 
 
 @pytest.fixture
@@ -145,6 +154,37 @@ def test_studies_of_older_versions_go_on(trainings, tmp_path):
     path.write_text(json.dumps(config))
     study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
     assert len(trainings) == 3 and json.loads(path.read_text())["arms"] == arms
+
+
+def test_a_network_that_sees_liver_everywhere(store, monkeypatch):
+    """Its Dice of the liver is 2 n / (n + all voxels), of the others 0; what a case lacks does not count."""
+    config = small(store, **{"data.validation_fraction": 0.5})
+    network = segment.network_of(config, 4)
+    start = jnp.zeros((1, 16, 16, 16, 1))
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), start, method="segment")["params"])
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    params["expand"]["bias"] = jnp.array([0.0, 1.0, 0.0, 0.0])
+    agreed = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), (16, 16, 16), ("background", "liver", "spleen", "cord"))
+    monkeypatch.setattr(segment, "load", lambda workdir: (network, params, agreed))
+    found = study.dice_of_run(config, Path("run"), store, overlap=0.0)
+    liver = np.count_nonzero(store.read_array("case2", label_maps.ARRAY) == 1)
+    assert list(found) == ["case0", "case2", "case4"]  # nothing is in case6
+    assert found["case2"] == {"liver": pytest.approx(2 * liver / (liver + np.prod(SHAPE))), "spleen": 0.0}
+    assert set(found["case0"]) == {"liver", "spleen", "cord"}
+
+
+def test_cases_without_any_class_do_not_count(trainings, tmp_path, monkeypatch):
+    dice = {"a": {"liver": 0.5}, "b": {"liver": 0.7}, "empty": {}}
+    monkeypatch.setattr(study, "dice_of_run", lambda *_: dice)
+    study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
+    rows = json.loads((tmp_path / "study" / "study.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert [(row["cases"], row["dice"]["mean"]) for row in rows] == [(2, pytest.approx(0.6))] * 3
+
+
+@pytest.mark.parametrize("share, left", [("0", "0 scans"), ("0.1", "1 scans")])
+def test_too_few_held_out_scans_are_refused_before_the_first_training(store, no_training, tmp_path, share, left):
+    with pytest.raises(UserError, match=rf"--held-out {float(share)}: leaves {left} with labels to judge by"):
+        study.main(["--workdir", str(tmp_path), "--store", store.path, "--unlabelled", "none", "--held-out", share])
 
 
 def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
