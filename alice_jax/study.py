@@ -34,7 +34,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alice_jax import builtin, checkpoint, cli, contract, host, tasks, train
-from alice_jax.data import label_maps
+from alice_jax.data import embeddings, label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -73,7 +73,7 @@ class Subset:
     @staticmethod
     def all_of(shots: Sequence[int], fractions: Sequence[float]) -> list["Subset"]:
         by_number = [Subset(f"{n}-shot", {"data.shots": n}) for n in shots]
-        return by_number + [Subset(f"{share:.0%}", {"data.fraction": share}) for share in fractions]
+        return by_number + [Subset(f"{100 * share:.6g}%", {"data.fraction": share}) for share in fractions]
 
 
 def trained(config: ConfigDict, workdir: Path) -> None:
@@ -156,6 +156,12 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
 def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespace) -> None:
     """A `UserError` for what would otherwise stop the study after hours of it."""
     store = Store.open(args.store)
+    for subset in subsets:
+        for seed in range(args.seeds):
+            config = fine_tuning(arms[0], subset, seed, args)
+            scans, _ = segment.divided(config, store)
+            names = label_maps.names_in(store)
+            segment.absent_classes(store, scans, names, segment.classes_of(config.data.classes, store, names))
     for arm in arms if args.pretrained else arms[:1]:
         config = fine_tuning(arm, subsets[0], 0, args)
         task = tasks.make(config, store)
@@ -166,9 +172,13 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
                         "interval needs two; give a larger share or prepare more patients")  # fmt: skip
     if args.pretrained:
         return
+    unlabelled = Store.open(args.unlabelled)
+    codec = embeddings.read_codec(unlabelled)
+    for id in unlabelled.ids():
+        embeddings.read_embedding(unlabelled, id, codec)
     for rung in LADDER:
         pretraining, what = ladder_recipe(rung, args), f"--pretraining {args.pretraining}"
-        contract.check(tasks.make(pretraining, Store.open(args.unlabelled)).contract, task.contract, what)
+        contract.check(tasks.make(pretraining, unlabelled).contract, task.contract, what)
     ours, theirs = (
         segment.shapes_of(network, task.contract.crop_shape_zyx, "encode")
         for network in (segment.network_of(config, 2), tasks.pretrain.networks(pretraining).backbone)
@@ -337,11 +347,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         name, _, path = text.partition("=")
         if not (name.replace("-", "").isalnum() and path) or name == SCRATCH:
             raise UserError(f"--pretrained {text}: give NAME=PATH, such as alice=runs/alice")
-    for flag in ("seeds", "steps", "pretraining_steps"):
-        if getattr(args, flag) < (flag == "seeds"):
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number above 0")
-    if not (args.shots or args.fractions):
-        raise UserError("--shots: give numbers of labelled scans, or --fractions")
+    for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number of {least} or more")
+    for flag in ("overlap", "held_out"):
+        if not 0 <= getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a share from 0 to below 1")
+    names = [subset.name for subset in Subset.all_of(args.shots, args.fractions)]
+    if min(args.shots, default=1) < 1 or len(set(names)) < len(names) or not names:
+        subsets = f"--shots {args.shots} --fractions {args.fractions}"
+        raise UserError(f"{subsets}: give numbers of 1 or more, or shares, each but once")
     return args
 
 

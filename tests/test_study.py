@@ -15,7 +15,7 @@ from test_segmentation import SHAPE, labelled_store, small
 
 from alice_jax import checkpoint, pretrained, study
 from alice_jax.contract import Contract
-from alice_jax.data import label_maps
+from alice_jax.data import embeddings, label_maps
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
 from alice_jax.tasks import segment
@@ -162,8 +162,8 @@ def test_a_network_that_sees_liver_everywhere(store, monkeypatch):
     network = segment.network_of(config, 4)
     start = jnp.zeros((1, 16, 16, 16, 1))
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), start, method="segment")["params"])
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    params["expand"]["bias"] = jnp.array([0.0, 1.0, 0.0, 0.0])
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    params["expand"]["bias"][1] = 1.0
     agreed = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), (16, 16, 16), ("background", "liver", "spleen", "cord"))
     monkeypatch.setattr(segment, "load", lambda workdir: (network, params, agreed))
     found = study.dice_of_run(config, Path("run"), store, overlap=0.0)
@@ -181,10 +181,41 @@ def test_cases_without_any_class_do_not_count(trainings, tmp_path, monkeypatch):
     assert [(row["cases"], row["dice"]["mean"]) for row in rows] == [(2, pytest.approx(0.6))] * 3
 
 
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--shots", "1", "5"], "data.shots 5: there are 4 labelled scans to train on"),
+        (["--shots", "--fractions", "0.5", "0"], "data.fraction 0.0: give a share above 0"),
+        (["--shots", "1"], "store .*: has no embeddings; run python -m alice_jax.embed"),
+    ],
+)
+def test_what_would_fail_late_fails_before_the_first_training(store, no_training, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        study.main(["--workdir", str(tmp_path), "--store", store.path, "--unlabelled", store.path, *more])
+
+
+def test_shares_have_folders_of_their_own():
+    names = [subset.name for subset in study.Subset.all_of([], [0.07, 0.12, 0.121, 0.124, 1.0])]
+    assert names == ["7%", "12%", "12.1%", "12.4%", "100%"]
+
+
 @pytest.mark.parametrize("share, left", [("0", "0 scans"), ("0.1", "1 scans")])
 def test_too_few_held_out_scans_are_refused_before_the_first_training(store, no_training, tmp_path, share, left):
     with pytest.raises(UserError, match=rf"--held-out {float(share)}: leaves {left} with labels to judge by"):
-        study.main(["--workdir", str(tmp_path), "--store", store.path, "--unlabelled", "none", "--held-out", share])
+        study.main(
+            [
+                "--workdir",
+                str(tmp_path),
+                "--store",
+                store.path,
+                "--shots",
+                "1",
+                "--held-out",
+                share,
+                "--unlabelled",
+                "none",
+            ]
+        )
 
 
 def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
@@ -210,8 +241,14 @@ def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
     "more, words",
     [
         (["--pretrained", "runs/alice"], "give NAME=PATH"),
-        (["--seeds", "0"], "--seeds 0: give a whole number above 0"),
-        (["--shots"], "--shots: give numbers of labelled scans"),
+        (["--seeds", "0"], "--seeds 0: give a whole number of 1 or more"),
+        (["--steps", "-1"], "--steps -1: give a whole number of 0 or more"),
+        (["--shots"], r"--shots \[\] --fractions \[\]: give numbers of 1 or more, or shares"),
+        (["--shots", "0"], r"--shots \[0\] .*: give numbers of 1 or more"),
+        (["--shots", "5", "5"], r"--shots \[5, 5\] .*, each but once"),
+        (["--fractions", "0.5", "0.50"], r"--fractions \[0.5, 0.5\]: .*, each but once"),
+        (["--overlap", "1"], "--overlap 1.0: give a share from 0 to below 1"),
+        (["--held-out", "-0.1"], "--held-out -0.1: give a share from 0 to below 1"),
         (["--recipe", "nowhere.py:tiny"], "nowhere.py:tiny: .*name a configuration"),
     ],
 )
@@ -229,7 +266,7 @@ def test_weights_that_do_not_fit_the_recipe_are_refused_before_the_first_trainin
     weights = pretrained.Pretrained({}, FULL_SIZE, "correct", "init_from runs/alice")
     monkeypatch.setattr(pretrained, "read", lambda path, which: weights)
     with pytest.raises(UserError, match=r"runs/alice: crop_shape_zyx is \(64, 64, 64\) there and \(32, 32, 32\) here"):
-        study.main(arguments(tmp_path, "--store", store.path))
+        study.main(arguments(tmp_path, "--store", store.path, "--shots", "1"))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +280,8 @@ def test_weights_that_do_not_fit_the_recipe_are_refused_before_the_first_trainin
         ),
     ],
 )
-def test_so_is_a_ladder_that_will_not_fit(store, no_training, tmp_path, recipe, pretraining, words):
+def test_so_is_a_ladder_that_will_not_fit(store, no_training, tmp_path, monkeypatch, recipe, pretraining, words):
+    monkeypatch.setattr(embeddings, "read_embedding", lambda *_: None)
     wide = tmp_path / "wide.py"
     wide.write_text(
         "from configs import pretrain\n"
@@ -252,6 +290,13 @@ def test_so_is_a_ladder_that_will_not_fit(store, no_training, tmp_path, recipe, 
         "    config.model.width = 48\n"
         "    return config\n"
     )
-    settings = ["--recipe", recipe, "--pretraining", str(wide) if pretraining == "wide.py" else pretraining]
+    settings = [
+        "--shots",
+        "1",
+        "--recipe",
+        recipe,
+        "--pretraining",
+        str(wide) if pretraining == "wide.py" else pretraining,
+    ]
     with pytest.raises(UserError, match=words):
         study.main(["--workdir", str(tmp_path / "study"), "--store", store.path, "--unlabelled", store.path, *settings])
