@@ -343,10 +343,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pretraining-steps", type=int, default=0, help="of each rung (default: the recipe's)")
     args = parser.parse_args(argv)
-    for text in args.pretrained:
-        name, _, path = text.partition("=")
-        if not (name.replace("-", "").isalnum() and path) or name == SCRATCH:
-            raise UserError(f"--pretrained {text}: give NAME=PATH, such as alice=runs/alice")
+    given = [text.partition("=") for text in args.pretrained]
+    taken = [SCRATCH, PRETRAINING]
+    for name, _, path in given:
+        if not (name.replace("-", "").isalnum() and path):
+            raise UserError(f"--pretrained {name}: give NAME=PATH, such as alice=runs/alice")
+        if name in taken or name.endswith(FROZEN):
+            raise UserError(f"--pretrained {name}={path}: {name} names another arm; choose another name")
+        taken.append(name)
     for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number of {least} or more")

@@ -240,7 +240,11 @@ def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--pretrained", "runs/alice"], "give NAME=PATH"),
+        (["--pretrained", "runs/alice"], "--pretrained runs/alice: give NAME=PATH"),
+        (["--pretrained", "alice=a", "alice=b"], "--pretrained alice=b: alice names another arm"),
+        (["--pretrained", "alice=a", "alice-frozen=b"], "alice-frozen names another arm"),
+        (["--pretrained", "frozen=a"], "frozen names another arm"),
+        (["--pretrained", "scratch=a"], "scratch names another arm"),
         (["--seeds", "0"], "--seeds 0: give a whole number of 1 or more"),
         (["--steps", "-1"], "--steps -1: give a whole number of 0 or more"),
         (["--shots"], r"--shots \[\] --fractions \[\]: give numbers of 1 or more, or shares"),
