@@ -78,7 +78,7 @@ class Subset:
 
 def trained(config: ConfigDict, workdir: Path) -> None:
     """Runs the training loop to its end, or not at all if it has ended before."""
-    if code := train.run(config, str(workdir)):
+    if code := train.run_on_disk(config, str(workdir)):
         sys.exit(code)
 
 
@@ -292,9 +292,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parse(argv)
     host.settle()
-    if not (args.store and (args.pretrained or args.unlabelled)):
-        labelled, unlabelled = builtin.study_stores(train.run)
-        args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
+    try:
+        print(table(studied(args)))
+    except OSError as error:  # of a disk that is full, gone or read-only
+        raise UserError(
+            f"--workdir {args.workdir}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
+            "what is done stays done; see to space and permissions, then run the same command again"
+        ) from error
+    return 0
+
+
+def studied(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Does what is missing, writes all results and returns the rows of `compared`."""
+    args.store = args.store or builtin.study_store("labelled", train.run_on_disk)
+    if not args.pretrained:
+        args.unlabelled = args.unlabelled or builtin.study_store("unlabelled", train.run_on_disk)
     arms, subsets = arms_of(args), Subset.all_of(args.shots, args.fractions)
     check(arms, subsets, args)
     claim(arms, args)
@@ -318,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "study.csv", runs)
     (folder / "study.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1), encoding="utf-8")
     (folder / "study.png").write_bytes(study_curves.draw(rows))
-    print(table(rows))
-    return 0
+    return rows
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

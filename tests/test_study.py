@@ -4,8 +4,11 @@ The trainings are replaced by numbers; what a training and its Dice are is teste
 """
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from test_segmentation import SHAPE, labelled_store, small
 
-from alice_jax import checkpoint, pretrained, study
+from alice_jax import builtin, checkpoint, embed, pretrained, study
 from alice_jax.contract import Contract
 from alice_jax.data import embeddings, label_maps
 from alice_jax.data.store import FRAME
@@ -235,6 +238,40 @@ def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
         "",
         *(str(tmp_path / "study" / "pretraining" / name) for name in study.LADDER),
     ]
+
+
+def test_a_full_disk_is_one_line(trainings, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(study, "write_csv", full)
+    with pytest.raises(UserError, match=r"study: No space left on device: .*study\.csv; what is done stays done"):
+        study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(trainings, tmp_path):
+    (tmp_path / "study").write_text("a file")
+    with pytest.raises(UserError, match=r"--workdir .*study: "):
+        study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
+
+
+def test_only_the_built_in_patients_that_are_needed_are_made(trainings, tmp_path, monkeypatch):
+    made = []
+
+    def write_cohort(path, seeds):
+        made.append((Path(path).name, seeds[0], len(seeds)))
+        return SimpleNamespace(path=path)
+
+    monkeypatch.setattr(builtin.phantom, "write_cohort", write_cohort)
+    monkeypatch.setattr(builtin, "embedder", lambda train: "embedder")
+    monkeypatch.setattr(embed, "restore", lambda workdir: workdir)
+    monkeypatch.setattr(embed, "embed_store", lambda store, embedder: made.append((Path(store.path).name, embedder)))
+    short = ["--shots", "1", "--seeds", "1", "--no-probes"]
+    study.main(["--workdir", str(tmp_path / "given"), "--pretrained", "alice=runs/alice", *short])
+    assert made == [("labelled", 5000, 22)]
+    study.main(["--workdir", str(tmp_path / "ladder"), *short])
+    assert made[1:] == [("labelled", 5000, 22), ("unlabelled", 3000, 24), ("unlabelled", "embedder")]
+    assert trainings[2].data.store.endswith("unlabelled") and trainings[-1].data.store.endswith("labelled")
 
 
 @pytest.mark.parametrize(
