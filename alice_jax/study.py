@@ -5,10 +5,10 @@
         --pretrained alice=runs/alice mine=weights.pth
 
 For each number of labelled scans and each seed, every arm is trained by the same recipe, for the same steps, on the
-same scans, and judged on the patients that the recipe holds out (Dice of whole scans by sliding windows). Arms are
-"scratch", each --pretrained one, and the same with the loaded weights frozen. Without --pretrained a ladder is
-pretrained first, for equal steps on --unlabelled: reconstruction alone, with the contrast of random crops, of mined
-crops, with CASA.
+same scans, and judged on the patients that --held-out sets aside (Dice of whole scans by sliding windows). Arms are
+"scratch", each --pretrained one, and the same with the loaded weights frozen; "scratch-long" has --long-scratch steps.
+Without --pretrained a ladder is pretrained first, for equal steps on --unlabelled: reconstruction alone, with the
+contrast of random crops, of mined crops, with CASA.
 
 Everything that is done stays done: the same command goes on where it stopped.
 
@@ -44,7 +44,7 @@ from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
-SCRATCH, FROZEN, PRETRAINING = "scratch", "frozen", "pretraining"
+SCRATCH, LONG, FROZEN, PRETRAINING = "scratch", "scratch-long", "frozen", "pretraining"
 # What each rung of the ladder has in place of its recipe's own settings. The hypothesis: none is worse than the last.
 LADDER: dict[str, dict[str, Any]] = {
     "reconstruction": {"loss.invariance": 0.0, "loss.alignment": 0.0, "views.kind": "random"},
@@ -61,6 +61,7 @@ class Arm:
     name: str
     init_from: str = ""
     frozen: bool = False
+    steps: int = 0  # of the fine-tuning; 0: the study's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def fine_tuning(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -
         "init_from": arm.init_from,
         **subset.fields,
     }
-    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), args.steps)
+    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), arm.steps or args.steps)
 
 
 def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -189,6 +190,8 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
 
 def origin(arm: Arm, args: argparse.Namespace) -> dict[str, Any]:
     """What an arm starts from: the settings of its pretraining, or a path with the step or the bytes that it holds."""
+    if arm.steps:
+        return {"steps": arm.steps}
     if arm.init_from and not args.pretrained:
         return {name: getattr(args, name) for name in ("pretraining", "pretraining_steps", "unlabelled")}
     if Path(arm.init_from).is_file():
@@ -239,29 +242,42 @@ def summarised(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
+def others_of(arm: str) -> dict[str, str]:
+    """The arms that one is compared with, by what they are to it.
+
+    >>> others_of("casa, frozen")
+    {'scratch': 'scratch', 'scratch-long': 'scratch-long', 'rung before': 'mined-crops, frozen'}
+    """
+    rung, comma, frozen = arm.partition(",")
+    rungs = list(LADDER)
+    before = {"rung before": rungs[rungs.index(rung) - 1] + comma + frozen} if rung in rungs[1:] else {}
+    return {} if arm == SCRATCH else {SCRATCH: SCRATCH} | ({} if arm == LONG else {LONG: LONG}) | before
+
+
 def compared(results: Mapping[tuple[str, str], Mapping[str, float]]) -> list[dict[str, Any]]:
-    """A row for each (arm, subset): its Dice, and how much more than scratch in the same cases."""
+    """A row for each (arm, subset): its Dice, and how much more than other arms' in the same cases."""
     rows = []
     for (arm, subset), cases in results.items():
-        scratch = results[SCRATCH, subset]
-        more = [value - scratch[case] for case, value in cases.items()]
-        row = {"arm": arm, "subset": subset, "cases": len(cases), "dice": summarised(list(cases.values()))}
-        rows.append(row if arm == SCRATCH else row | {"more_than_scratch": summarised(more)})
+        others = {what: results[other, subset] for what, other in others_of(arm).items() if (other, subset) in results}
+        more = {what: summarised([value - their[id] for id, value in cases.items()]) for what, their in others.items()}
+        dice = summarised(list(cases.values()))
+        rows.append({"arm": arm, "subset": subset, "cases": len(cases), "dice": dice, "more_than": more})
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each arm and subset, as people read it."""
-    lines = [f"{'':<24}{'labels':>10}{'Dice':>8}{'95 % interval':>18}{'more than scratch':>20}{'95 % interval':>18}"]
+    """A line for each arm and subset, as people read it; in brackets 95 % intervals."""
+    columns = list(dict.fromkeys(what for row in rows for what in row["more_than"]))
+    lines = [f"{'':<24}{'labels':>8}{'Dice':>24}" + "".join(f"{f'more than {what}':>27}" for what in columns)]
     for row in rows:
-        dice, more = row["dice"], row.get("more_than_scratch")
-        line = f"{row['arm']:<24}{row['subset']:>10}{dice['mean']:>8.3f}{_ends(dice, '.3f'):>18}"
-        lines.append(line + (f"{more['mean']:>+20.3f}{_ends(more, '+.3f'):>18}" if more else ""))
+        more = [_cell(row["more_than"][what], "+.3f") if what in row["more_than"] else "" for what in columns]
+        line = f"{row['arm']:<24}{row['subset']:>8}{_cell(row['dice'], '.3f'):>24}"
+        lines.append((line + "".join(f"{cell:>27}" for cell in more)).rstrip())
     return "\n".join(lines)
 
 
-def _ends(numbers: Mapping[str, float], form: str) -> str:
-    return f"{numbers['low']:{form}} to {numbers['high']:{form}}"
+def _cell(numbers: Mapping[str, float], form: str) -> str:
+    return f"{numbers['mean']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
 
 
 def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, Mapping[str, float]]]]) -> None:
@@ -282,10 +298,11 @@ def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, M
 
 
 def arms_of(args: argparse.Namespace) -> list[Arm]:
-    """Scratch, then each pretrained one, as it is and frozen."""
+    """Scratch, the long one if asked for, then each pretrained one, as it is and frozen."""
     ladder = [Arm(rung, str(Path(args.workdir, PRETRAINING, rung))) for rung in LADDER]
     arms = [Arm(*text.split("=", 1)) for text in args.pretrained] or ladder
-    return [Arm(SCRATCH), *arms, *(dataclasses.replace(arm, frozen=True) for arm in arms if args.probes)]
+    long = [Arm(LONG, steps=args.long_scratch)] if args.long_scratch else []
+    return [Arm(SCRATCH), *long, *arms, *(dataclasses.replace(arm, frozen=True) for arm in arms if args.probes)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -346,6 +363,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=float, default=0.5, help="share of the patients to judge by (default: 0.5)")
     parser.add_argument("--overlap", type=float, default=0.5, help="of the windows, from 0 to below 1 (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="of subsets and trainings (default: 3)")
+    parser.add_argument(
+        "--long-scratch", type=int, default=0, metavar="STEPS", help="an arm more: from nothing, of so many steps"
+    )
     parser.add_argument("--no-probes", dest="probes", action="store_false", help="without frozen weights")
     parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=PATH", help="runs or exported weights")
     parser.add_argument("--unlabelled", metavar="DIR", help="store to pretrain the ladder on (default: built-in)")
@@ -355,14 +375,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretraining-steps", type=int, default=0, help="of each rung (default: the recipe's)")
     args = parser.parse_args(argv)
     given = [text.partition("=") for text in args.pretrained]
-    taken = [SCRATCH, PRETRAINING]
+    taken = [SCRATCH, LONG, PRETRAINING]
     for name, _, path in given:
         if not (name.replace("-", "").isalnum() and path):
             raise UserError(f"--pretrained {name}: give NAME=PATH, such as alice=runs/alice")
         if name in taken or name.endswith(FROZEN):
             raise UserError(f"--pretrained {name}={path}: {name} names another arm; choose another name")
         taken.append(name)
-    for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0)):
+    for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0), ("long_scratch", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number of {least} or more")
     for flag in ("overlap", "held_out"):

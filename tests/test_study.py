@@ -21,6 +21,7 @@ from alice_jax.contract import Contract
 from alice_jax.data import embeddings, label_maps
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
+from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
 
@@ -78,11 +79,11 @@ def test_every_arm_learns_from_the_same_subsets_and_is_compared_with_scratch(tra
 
     rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
     found = {(row["arm"], row["subset"]): row for row in rows}
-    assert "more_than_scratch" not in found["scratch", "1-shot"]
+    assert found["scratch", "1-shot"]["more_than"] == {}
     alice = found["alice", "5-shot"]
     assert alice["cases"] == 2 and alice["dice"]["mean"] == pytest.approx(0.55)
-    assert alice["more_than_scratch"] == pytest.approx({"mean": 0.05, "low": 0.0, "high": 0.1})
-    assert found["alice, frozen", "1-shot"]["more_than_scratch"]["mean"] == 0
+    assert alice["more_than"] == {"scratch": pytest.approx({"mean": 0.05, "low": 0.0, "high": 0.1})}
+    assert found["alice, frozen", "1-shot"]["more_than"]["scratch"]["mean"] == 0
     assert "+0.050" in capsys.readouterr().out
     lines = list(csv.DictReader((tmp_path / "study" / "study.csv").open()))
     assert len(lines) == 12 * 4 and {line["class"] for line in lines} == {"liver", "fat"}
@@ -104,6 +105,42 @@ def test_a_folder_holds_one_study(trainings, tmp_path):
     study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--no-probes"))
     with pytest.raises(UserError, match="holds a study with --steps 0; name another folder"):
         study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--steps", "9"))
+
+
+def test_each_rung_is_compared_with_the_one_before_case_by_case():
+    dice = {
+        "scratch": (0.1, 0.5),
+        "scratch-long": (0.2, 0.6),
+        "reconstruction": (0.2, 0.7),
+        "random-crops": (0.3, 0.8),
+        "mined-crops, frozen": (0.3, 0.4),
+        "casa, frozen": (0.5, 0.2),
+    }
+    rows = study.compared({(arm, "1-shot"): dict(zip("ab", values, strict=True)) for arm, values in dice.items()})
+    more = {row["arm"]: {what: round(value["mean"], 6) for what, value in row["more_than"].items()} for row in rows}
+    assert more == {
+        "scratch": {},
+        "scratch-long": {"scratch": 0.1},
+        "reconstruction": {"scratch": 0.15, "scratch-long": 0.05},
+        "random-crops": {"scratch": 0.25, "scratch-long": 0.15, "rung before": 0.1},
+        "mined-crops, frozen": {"scratch": 0.05, "scratch-long": -0.05},  # whose rung before is not there
+        "casa, frozen": {"scratch": 0.05, "scratch-long": -0.05, "rung before": 0.0},
+    }
+    assert rows[-1]["more_than"]["rung before"] == pytest.approx({"mean": 0.0, "low": -0.2, "high": 0.2})
+    casa = study.table(rows).splitlines()[-1]
+    assert casa.endswith("+0.000 [-0.200, +0.200]") and "0.350 [0.200, 0.500]" in casa
+    assert study_curves.draw(rows).startswith(b"\x89PNG")
+
+
+def test_scratch_of_more_steps(trainings, tmp_path):
+    study.main(
+        arguments(tmp_path, "--shots", "1", "--seeds", "1", "--no-probes", "--steps", "7", "--long-scratch", "9")
+    )
+    assert [(config.init_from, config.steps) for config in trainings] == [("", 7), ("", 9), ("runs/alice", 7)]
+    rows = json.loads((tmp_path / "study" / "study.json").read_text())["rows"]
+    assert rows[2]["more_than"]["scratch-long"]["mean"] == pytest.approx(0.05)
+    with pytest.raises(UserError, match=r"its arm scratch-long started from {'steps': 9}"):
+        study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--steps", "7", "--long-scratch", "8"))
 
 
 def step_of(run, step):
@@ -282,6 +319,7 @@ def test_only_the_built_in_patients_that_are_needed_are_made(trainings, tmp_path
         (["--pretrained", "alice=a", "alice-frozen=b"], "alice-frozen names another arm"),
         (["--pretrained", "frozen=a"], "frozen names another arm"),
         (["--pretrained", "scratch=a"], "scratch names another arm"),
+        (["--long-scratch", "-1"], "--long-scratch -1: give a whole number of 0 or more"),
         (["--seeds", "0"], "--seeds 0: give a whole number of 1 or more"),
         (["--steps", "-1"], "--steps -1: give a whole number of 0 or more"),
         (["--shots"], r"--shots \[\] --fractions \[\]: give numbers of 1 or more, or shares"),
