@@ -17,7 +17,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     colours = INKS | {name: f"C{number}" for number, name in enumerate(coloured)}
     others = dict.fromkeys(what for row in rows for what in row["more_than"])
     panels = {"Dice of unseen patients": [row["dice"] for row in rows]}
-    panels |= {f"the same, less that of the {what}": [row["more_than"].get(what) for row in rows] for what in others}
+    panels |= {f"the same, less {what}": [row["more_than"].get(what) for row in rows] for what in others}
     figure = figures.new_figure(11, 4.2 * ((len(panels) + 1) // 2))
     for place, (title, values) in enumerate(panels.items(), 1):
         axes = figure.add_subplot((len(panels) + 1) // 2, 2, place)
