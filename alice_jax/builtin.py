@@ -120,15 +120,14 @@ def embedder(train: Callable[[ConfigDict, str], int]) -> str:
     return _workdir()
 
 
-def study_stores(train: Callable[[ConfigDict, str], int]) -> tuple[str, str]:
-    """Paths of a labelled store and of an embedded one, of patients that serve for nothing else."""
-    from alice_jax import embed
+def study_store(name: str, train: Callable[[ConfigDict, str], int]) -> str:
+    """The path of the "labelled" store or the "unlabelled", embedded one, of patients that serve for nothing else."""
+    store = phantom.write_cohort(os.path.join(root(), "study", name), STUDY[name])
+    if name == "unlabelled":
+        from alice_jax import embed
 
-    labelled, unlabelled = (
-        phantom.write_cohort(os.path.join(root(), "study", name), STUDY[name]) for name in ("labelled", "unlabelled")
-    )
-    embed.embed_store(unlabelled, embed.restore(embedder(train)))
-    return labelled.path, unlabelled.path
+        embed.embed_store(store, embed.restore(embedder(train)))
+    return store.path
 
 
 def matching_summary() -> str:

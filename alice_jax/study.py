@@ -1,38 +1,40 @@
 """Does pretraining help? The same few labelled scans, learnt from pretrained weights and from nothing.
 
     python -m alice_jax.study --workdir runs/study                                      # all of it on built-in patients
-    python -m alice_jax.study --workdir runs/study --store LABELLED --pretrained alice=runs/alice mine=weights.pth
+    python -m alice_jax.study --workdir runs/study --store LABELLED --recipe configs/segment.py \
+        --pretrained alice=runs/alice mine=weights.pth
 
 For each number of labelled scans and each seed, every arm is trained by the same recipe, for the same steps, on the
-same scans, and judged on the patients that the recipe holds out (Dice of whole scans by sliding windows). Arms are
-"scratch", each --pretrained one, and the same with the loaded weights frozen. Without --pretrained a ladder is
-pretrained first, for equal steps on --unlabelled: reconstruction alone, with the contrast of random crops, of mined
-crops, with CASA.
+same scans, and judged on the patients that --held-out sets aside (Dice of whole scans by sliding windows). Arms are
+"scratch", each --pretrained one, and the same with the loaded weights frozen; "scratch-long" has --long-scratch steps.
+Without --pretrained a ladder is pretrained first, for equal steps on --unlabelled: reconstruction alone, with the
+contrast of random crops, of mined crops, with CASA.
 
 Everything that is done stays done: the same command goes on where it stopped.
 
     WORKDIR/pretraining/ARM/           runs of alice_jax.train    WORKDIR/study.csv    Dice of each run, case and class
     WORKDIR/ARM/SUBSET/seed-N/         likewise, and dice.json    WORKDIR/study.json   means, differences, intervals
                                                                   WORKDIR/study.png    the same as curves
-    WORKDIR/config.json                what all runs share
+    WORKDIR/config.json                what all runs share, and what each arm starts from
 """
 
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from alice_jax import builtin, checkpoint, cli, host, train
-from alice_jax.data import label_maps
+from alice_jax import builtin, checkpoint, cli, contract, host, tasks, train
+from alice_jax.data import embeddings, label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -42,7 +44,7 @@ from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
-SCRATCH, FROZEN = "scratch", "frozen"
+SCRATCH, LONG, FROZEN, PRETRAINING = "scratch", "scratch-long", "frozen", "pretraining"
 # What each rung of the ladder has in place of its recipe's own settings. The hypothesis: none is worse than the last.
 LADDER: dict[str, dict[str, Any]] = {
     "reconstruction": {"loss.invariance": 0.0, "loss.alignment": 0.0, "views.kind": "random"},
@@ -59,6 +61,7 @@ class Arm:
     name: str
     init_from: str = ""
     frozen: bool = False
+    steps: int = 0  # of the fine-tuning; 0: the study's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,24 +74,18 @@ class Subset:
     @staticmethod
     def all_of(shots: Sequence[int], fractions: Sequence[float]) -> list["Subset"]:
         by_number = [Subset(f"{n}-shot", {"data.shots": n}) for n in shots]
-        return by_number + [Subset(f"{share:.0%}", {"data.fraction": share}) for share in fractions]
+        return by_number + [Subset(f"{100 * share:.6g}%", {"data.fraction": share}) for share in fractions]
 
 
 def trained(config: ConfigDict, workdir: Path) -> None:
     """Runs the training loop to its end, or not at all if it has ended before."""
-    if code := train.run(config, str(workdir)):
+    if code := train.run_on_disk(config, str(workdir)):
         sys.exit(code)
 
 
-def pretrained_ladder(name: str, store: str, steps: int, workdir: Path) -> list[Arm]:
-    """The ladder's arms, after pretraining what is missing."""
-    arms = []
-    for rung, fields in LADDER.items():
-        folder = workdir / "pretraining" / rung
-        cli.say(f"pretraining: {rung}")
-        trained(recipe(name, fields | {"data.store": store}, steps), folder)
-        arms.append(Arm(rung, str(folder)))
-    return arms
+def ladder_recipe(rung: str, args: argparse.Namespace) -> ConfigDict:
+    """What a rung is pretrained by."""
+    return recipe(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
 
 
 def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
@@ -99,15 +96,23 @@ def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
     return config
 
 
+def judged_cases(config: ConfigDict, store: Store) -> list[str]:
+    """The scans that a configuration holds out and that show any of its classes."""
+    names = label_maps.names_in(store)
+    codes = list(segment.classes_of(config.data.classes, store, names))
+    held_out = segment.divided(config, store)[1]
+    return [id for id in held_out if np.isin(read_labels(store, id, names), codes).any()]
+
+
 def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
-    """{case: {class: Dice}} of a finished run on the scans that it held out; classes that a case lacks are left out."""
-    network, params, contract = segment.load(str(workdir))
+    """{case: {class: Dice}} of a finished run on `judged_cases`; classes that a case lacks are left out."""
+    network, params, agreed = segment.load(str(workdir))
     names = label_maps.names_in(store)
     codes = segment.classes_of(config.data.classes, store, names)
 
-    sliding = Sliding.of(network, params, contract, overlap=overlap, batch=8)
+    sliding = Sliding.of(network, params, agreed, overlap=overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
-    for id in segment.divided(config, store)[1]:
+    for id in judged_cases(config, store):
         truth = read_labels(store, id, names)
         found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
         cases[id] = {
@@ -118,20 +123,26 @@ def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float)
     return cases
 
 
+def fine_tuning(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> ConfigDict:
+    """What an arm is trained by."""
+    fields = {
+        "seed": seed,
+        "data.subset_seed": seed,
+        "data.store": args.store,
+        "data.validation_fraction": args.held_out,
+        "init_from": arm.init_from,
+        **subset.fields,
+    }
+    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), arm.steps or args.steps)
+
+
 def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Trains and judges one arm on one subset with one seed, unless that was done before."""
     folder = Path(args.workdir, f"{arm.name}-{FROZEN}" if arm.frozen else arm.name, subset.name, f"seed-{seed}")
     done = folder / "dice.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    fields = {
-        "seed": seed,
-        "data.subset_seed": seed,
-        "data.store": args.store,
-        "data.validation_fraction": args.held_out,
-    }
-    fields |= {"init_from": arm.init_from, **subset.fields}
-    config = recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), args.steps)
+    config = fine_tuning(arm, subset, seed, args)
     trained(config, folder)
     found = dice_of_run(config, folder, Store.open(args.store), args.overlap)
     partial = folder / "dice.json.partial"
@@ -140,8 +151,56 @@ def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[s
     return found
 
 
-def claim(args: argparse.Namespace) -> None:
-    """Writes what all runs of a study share into a new workdir; refuses one of a study with other settings."""
+# -------------------------------------------------------------------- before the first training
+
+
+def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespace) -> None:
+    """A `UserError` for what would otherwise stop the study after hours of it."""
+    store = Store.open(args.store)
+    for subset in subsets:
+        for seed in range(args.seeds):
+            config = fine_tuning(arms[0], subset, seed, args)
+            scans, _ = segment.divided(config, store)
+            names = label_maps.names_in(store)
+            segment.absent_classes(store, scans, names, segment.classes_of(config.data.classes, store, names))
+    for arm in arms if args.pretrained else arms[:1]:
+        config = fine_tuning(arm, subsets[0], 0, args)
+        task = tasks.make(config, store)
+    judged, held_out = judged_cases(config, store), task.validation_scans
+    cli.say(f"judged by {len(judged)} scans; {len(held_out) - len(judged)} more held out show none of the classes")
+    if len(judged) < 2:
+        raise UserError(f"--held-out {args.held_out}: leaves {len(judged)} scans with labels to judge by, and an "
+                        "interval needs two; give a larger share or prepare more patients")  # fmt: skip
+    if args.pretrained:
+        return
+    unlabelled = Store.open(args.unlabelled)
+    codec = embeddings.read_codec(unlabelled)
+    for id in unlabelled.ids():
+        embeddings.read_embedding(unlabelled, id, codec)
+    for rung in LADDER:
+        pretraining, what = ladder_recipe(rung, args), f"--pretraining {args.pretraining}"
+        contract.check(tasks.make(pretraining, unlabelled).contract, task.contract, what)
+    ours, theirs = (
+        segment.shapes_of(network, task.contract.crop_shape_zyx, "encode")
+        for network in (segment.network_of(config, 2), tasks.pretrain.networks(pretraining).backbone)
+    )
+    if not ours.items() <= theirs.items():
+        raise UserError(f"{what}: its backbone is not that of --recipe {args.recipe}; set the fields of model alike")
+
+
+def origin(arm: Arm, args: argparse.Namespace) -> dict[str, Any]:
+    """What an arm starts from: the settings of its pretraining, or a path with the step or the bytes that it holds."""
+    if arm.steps:
+        return {"steps": arm.steps}
+    if arm.init_from and not args.pretrained:
+        return {name: getattr(args, name) for name in ("pretraining", "pretraining_steps", "unlabelled")}
+    if Path(arm.init_from).is_file():
+        return {"path": arm.init_from, "sha256": hashlib.sha256(Path(arm.init_from).read_bytes()).hexdigest()}
+    return {"path": arm.init_from, "step": checkpoint.newest_intact(arm.init_from)[0]} if arm.init_from else {}
+
+
+def claim(arms: Sequence[Arm], args: argparse.Namespace) -> None:
+    """Writes what all runs of a study share, and what its arms start from, into its workdir; refuses another's."""
     mine = {name: getattr(args, name) for name in ("store", "recipe", "steps", "held_out", "overlap")}
     theirs = checkpoint.read_config(args.workdir)
     for name, value in mine.items():
@@ -150,19 +209,31 @@ def claim(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--workdir {args.workdir}: holds a study with {flag} {theirs.get(name)}; name another folder"
             )
-    checkpoint.write_config(args.workdir, mine)
+    known = (theirs or {}).get("arms", {})
+    origins = {arm.name: origin(arm, args) for arm in arms}
+    for name, value in origins.items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"--workdir {args.workdir}: its arm {name} started from {known[name]}, this one would from {value}; "
+                "name another folder or another arm"
+            )
+    checkpoint.write_config(args.workdir, mine | {"arms": known | origins})
 
 
 # -------------------------------------------------------------------- what comes of it
 
 
 def by_case(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """The mean over classes and seeds of each case, so that cases are what intervals are over.
+    """The mean over classes and seeds of each case that has any, so that cases are what intervals are over.
 
-    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}}, {"a": {"liver": 0.5, "spleen": 0.0}}])
+    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}, "b": {}}, {"a": {"liver": 0.5, "spleen": 0.0}, "b": {}}])
     {'a': 0.5}
     """
-    return {case: float(np.mean([np.mean(list(run[case].values())) for run in runs])) for case in runs[0]}
+    return {
+        case: float(np.mean([np.mean(list(run[case].values())) for run in runs]))
+        for case, found in runs[0].items()
+        if found
+    }
 
 
 def summarised(values: Sequence[float]) -> dict[str, float]:
@@ -171,29 +242,42 @@ def summarised(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
+def others_of(arm: str) -> dict[str, str]:
+    """The arms that one is compared with, by what they are to it.
+
+    >>> others_of("casa, frozen")
+    {'scratch': 'scratch', 'scratch-long': 'scratch-long', 'rung before': 'mined-crops, frozen'}
+    """
+    rung, comma, frozen = arm.partition(",")
+    rungs = list(LADDER)
+    before = {"rung before": rungs[rungs.index(rung) - 1] + comma + frozen} if rung in rungs[1:] else {}
+    return {} if arm == SCRATCH else {SCRATCH: SCRATCH} | ({} if arm == LONG else {LONG: LONG}) | before
+
+
 def compared(results: Mapping[tuple[str, str], Mapping[str, float]]) -> list[dict[str, Any]]:
-    """A row for each (arm, subset): its Dice, and how much more than scratch in the same cases."""
+    """A row for each (arm, subset): its Dice, and how much more than other arms' in the same cases."""
     rows = []
     for (arm, subset), cases in results.items():
-        scratch = results[SCRATCH, subset]
-        more = [value - scratch[case] for case, value in cases.items()]
-        row = {"arm": arm, "subset": subset, "cases": len(cases), "dice": summarised(list(cases.values()))}
-        rows.append(row if arm == SCRATCH else row | {"more_than_scratch": summarised(more)})
+        others = {what: results[other, subset] for what, other in others_of(arm).items() if (other, subset) in results}
+        more = {what: summarised([value - their[id] for id, value in cases.items()]) for what, their in others.items()}
+        dice = summarised(list(cases.values()))
+        rows.append({"arm": arm, "subset": subset, "cases": len(cases), "dice": dice, "more_than": more})
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each arm and subset, as people read it."""
-    lines = [f"{'':<24}{'labels':>10}{'Dice':>8}{'95 % interval':>18}{'more than scratch':>20}{'95 % interval':>18}"]
+    """A line for each arm and subset, as people read it; in brackets 95 % intervals."""
+    columns = list(dict.fromkeys(what for row in rows for what in row["more_than"]))
+    lines = [f"{'':<24}{'labels':>8}{'Dice':>24}" + "".join(f"{f'more than {what}':>27}" for what in columns)]
     for row in rows:
-        dice, more = row["dice"], row.get("more_than_scratch")
-        line = f"{row['arm']:<24}{row['subset']:>10}{dice['mean']:>8.3f}{_ends(dice, '.3f'):>18}"
-        lines.append(line + (f"{more['mean']:>+20.3f}{_ends(more, '+.3f'):>18}" if more else ""))
+        more = [_cell(row["more_than"][what], "+.3f") if what in row["more_than"] else "" for what in columns]
+        line = f"{row['arm']:<24}{row['subset']:>8}{_cell(row['dice'], '.3f'):>24}"
+        lines.append((line + "".join(f"{cell:>27}" for cell in more)).rstrip())
     return "\n".join(lines)
 
 
-def _ends(numbers: Mapping[str, float], form: str) -> str:
-    return f"{numbers['low']:{form}} to {numbers['high']:{form}}"
+def _cell(numbers: Mapping[str, float], form: str) -> str:
+    return f"{numbers['mean']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
 
 
 def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, Mapping[str, float]]]]) -> None:
@@ -213,25 +297,39 @@ def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, M
 # -------------------------------------------------------------------- the command
 
 
-def arms_of(args: argparse.Namespace) -> Iterator[Arm]:
-    """Scratch, then each pretrained one, as it is and frozen."""
-    yield Arm(SCRATCH)
-    given = [Arm(*text.split("=", 1)) for text in args.pretrained]
-    arms = given or pretrained_ladder(args.pretraining, args.unlabelled, args.pretraining_steps, Path(args.workdir))
-    yield from arms
-    if args.probes:
-        yield from (dataclasses.replace(arm, frozen=True) for arm in arms)
+def arms_of(args: argparse.Namespace) -> list[Arm]:
+    """Scratch, the long one if asked for, then each pretrained one, as it is and frozen."""
+    ladder = [Arm(rung, str(Path(args.workdir, PRETRAINING, rung))) for rung in LADDER]
+    arms = [Arm(*text.split("=", 1)) for text in args.pretrained] or ladder
+    long = [Arm(LONG, steps=args.long_scratch)] if args.long_scratch else []
+    return [Arm(SCRATCH), *long, *arms, *(dataclasses.replace(arm, frozen=True) for arm in arms if args.probes)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parse(argv)
     host.settle()
-    if not (args.store and (args.pretrained or args.unlabelled)):
-        labelled, unlabelled = builtin.study_stores(train.run)
-        args.store, args.unlabelled = args.store or labelled, args.unlabelled or unlabelled
-    claim(args)
-    arms, subsets = list(arms_of(args)), Subset.all_of(args.shots, args.fractions)
+    try:
+        print(table(studied(args)))
+    except OSError as error:  # of a disk that is full, gone or read-only
+        raise UserError(
+            f"--workdir {args.workdir}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
+            "what is done stays done; see to space and permissions, then run the same command again"
+        ) from error
+    return 0
+
+
+def studied(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Does what is missing, writes all results and returns the rows of `compared`."""
+    args.store = args.store or builtin.study_store("labelled", train.run_on_disk)
+    if not args.pretrained:
+        args.unlabelled = args.unlabelled or builtin.study_store("unlabelled", train.run_on_disk)
+    arms, subsets = arms_of(args), Subset.all_of(args.shots, args.fractions)
+    check(arms, subsets, args)
+    claim(arms, args)
+    for rung in () if args.pretrained else LADDER:
+        cli.say(f"pretraining: {rung}")
+        trained(ladder_recipe(rung, args), Path(args.workdir, PRETRAINING, rung))
     runs: dict[tuple[str, str], list[dict[str, dict[str, float]]]] = {}
     began, count, total = time.perf_counter(), 0, len(arms) * len(subsets) * args.seeds
     for arm in arms:
@@ -249,8 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "study.csv", runs)
     (folder / "study.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1), encoding="utf-8")
     (folder / "study.png").write_bytes(study_curves.draw(rows))
-    print(table(rows))
-    return 0
+    return rows
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -266,6 +363,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=float, default=0.5, help="share of the patients to judge by (default: 0.5)")
     parser.add_argument("--overlap", type=float, default=0.5, help="of the windows, from 0 to below 1 (default: 0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="of subsets and trainings (default: 3)")
+    parser.add_argument(
+        "--long-scratch", type=int, default=0, metavar="STEPS", help="an arm more: from nothing, of so many steps"
+    )
     parser.add_argument("--no-probes", dest="probes", action="store_false", help="without frozen weights")
     parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=PATH", help="runs or exported weights")
     parser.add_argument("--unlabelled", metavar="DIR", help="store to pretrain the ladder on (default: built-in)")
@@ -274,15 +374,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pretraining-steps", type=int, default=0, help="of each rung (default: the recipe's)")
     args = parser.parse_args(argv)
-    for text in args.pretrained:
-        name, _, path = text.partition("=")
-        if not (name.replace("-", "").isalnum() and path) or name == SCRATCH:
-            raise UserError(f"--pretrained {text}: give NAME=PATH, such as alice=runs/alice")
-    for flag in ("seeds", "steps", "pretraining_steps"):
-        if getattr(args, flag) < (flag == "seeds"):
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number above 0")
-    if not (args.shots or args.fractions):
-        raise UserError("--shots: give numbers of labelled scans, or --fractions")
+    given = [text.partition("=") for text in args.pretrained]
+    taken = [SCRATCH, LONG, PRETRAINING]
+    for name, _, path in given:
+        if not (name.replace("-", "").isalnum() and path):
+            raise UserError(f"--pretrained {name}: give NAME=PATH, such as alice=runs/alice")
+        if name in taken or name.endswith(FROZEN):
+            raise UserError(f"--pretrained {name}={path}: {name} names another arm; choose another name")
+        taken.append(name)
+    for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0), ("long_scratch", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number of {least} or more")
+    for flag in ("overlap", "held_out"):
+        if not 0 <= getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a share from 0 to below 1")
+    names = [subset.name for subset in Subset.all_of(args.shots, args.fractions)]
+    if min(args.shots, default=1) < 1 or len(set(names)) < len(names) or not names:
+        subsets = f"--shots {args.shots} --fractions {args.fractions}"
+        raise UserError(f"{subsets}: give numbers of 1 or more, or shares, each but once")
     return args
 
 

@@ -5,29 +5,35 @@ from typing import Any
 
 from alice_jax.reporting import figures
 
-PANELS = {"dice": "Dice of unseen patients", "more_than_scratch": "the same, less that from scratch"}
-APART = 0.04  # of the step between two numbers of scans, so that intervals do not hide each other
+APART = 0.05  # of the step between two numbers of scans, so that intervals do not hide each other
+INKS = {"scratch": figures.INK, "scratch-long": figures.GREY}  # of the others the colours of matplotlib
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG of the rows of `study.compared`: Dice, and how much more than scratch; frozen arms are dashed."""
+    """A PNG of the rows of `study.compared`: Dice, and how much more than other arms'; frozen arms are dashed."""
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    colours = {arm: f"C{number}" for number, arm in enumerate(arm for arm in arms if not arm.endswith("frozen"))}
-    figure = figures.new_figure(11, 4.2)
-    for axes, (key, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
+    coloured = dict.fromkeys(name for name in (arm.split(",")[0] for arm in arms) if name not in INKS)
+    colours = INKS | {name: f"C{number}" for number, name in enumerate(coloured)}
+    others = dict.fromkeys(what for row in rows for what in row["more_than"])
+    panels = {"Dice of unseen patients": [row["dice"] for row in rows]}
+    panels |= {f"the same, less {what}": [row["more_than"].get(what) for row in rows] for what in others}
+    figure = figures.new_figure(11, 4.2 * ((len(panels) + 1) // 2))
+    for place, (title, values) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot((len(panels) + 1) // 2, 2, place)
         figures.style(axes, title)
         for number, arm in enumerate(arms):
-            found = [row for row in rows if row["arm"] == arm and key in row]
-            at = [subsets.index(row["subset"]) + APART * (number - len(arms) / 2) for row in found]
-            means = [row[key]["mean"] for row in found]
-            ends = [[row[key]["mean"] - row[key]["low"] for row in found]]
-            ends += [[row[key]["high"] - row[key]["mean"] for row in found]]
-            line = "o--" if arm.endswith("frozen") else "o-"
-            colour = colours[arm.split(",")[0]]
-            axes.errorbar(at, means, ends, fmt=line, ms=4, capsize=2, color=colour, label=arm)
+            found = [(row, value) for row, value in zip(rows, values, strict=True) if row["arm"] == arm and value]
+            at = [subsets.index(row["subset"]) + APART * (number - len(arms) / 2) for row, _ in found]
+            means = [value["mean"] for _, value in found]
+            ends = [[value["mean"] - value["low"] for _, value in found]]
+            ends += [[value["high"] - value["mean"] for _, value in found]]
+            name, _, frozen = arm.partition(",")
+            line = "o--" if frozen else "o-"
+            axes.errorbar(at, means, ends, fmt=line, ms=4, capsize=2, color=colours[name], label=arm)
         axes.set_xticks(range(len(subsets)), subsets)
-    figure.axes[1].axhline(0, color=figures.INK, lw=0.8)
+        if place > 1:
+            axes.axhline(0, color=figures.INK, lw=0.8)
     figure.axes[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     return figures.png(figure)
