@@ -116,7 +116,7 @@ def test_each_rung_is_compared_with_the_one_before_case_by_case():
         "mined-crops, frozen": (0.3, 0.4),
         "casa, frozen": (0.5, 0.2),
     }
-    rows = study.compared({(arm, "1-shot"): dict(zip("ab", values, strict=True)) for arm, values in dice.items()})
+    rows = study.compared({(arm, "1-shot"): {"a": [a], "b": [b]} for arm, (a, b) in dice.items()})
     more = {row["arm"]: {what: round(value["mean"], 6) for what, value in row["more_than"].items()} for row in rows}
     assert more == {
         "scratch": {},
@@ -130,6 +130,12 @@ def test_each_rung_is_compared_with_the_one_before_case_by_case():
     casa = study.table(rows).splitlines()[-1]
     assert casa.endswith("+0.000 [-0.200, +0.200]") and "0.350 [0.200, 0.500]" in casa
     assert study_curves.draw(rows).startswith(b"\x89PNG")
+
+
+def test_intervals_hold_the_chance_of_seeds_beside_that_of_cases():
+    """Two cases that agree and two seeds that do not: a quarter of all draws is of either seed alone."""
+    found = study.summarised(np.array([[0.0, 0.2], [0.0, 0.2]]))
+    assert found == pytest.approx({"mean": 0.1, "low": 0.0, "high": 0.2})
 
 
 def test_scratch_of_more_steps(trainings, tmp_path):
@@ -342,7 +348,7 @@ FULL_SIZE = Contract(FRAME, (2.0, 2.0, 2.0), (-125.0, 225.0), (64, 64, 64))
 def test_weights_that_do_not_fit_the_recipe_are_refused_before_the_first_training(
     store, no_training, tmp_path, monkeypatch
 ):
-    weights = pretrained.Pretrained({}, FULL_SIZE, "correct", "init_from runs/alice")
+    weights = pretrained.Pretrained({}, {}, FULL_SIZE, "correct", "float32", False, "init_from runs/alice")
     monkeypatch.setattr(pretrained, "read", lambda path, which: weights)
     with pytest.raises(UserError, match=r"runs/alice: crop_shape_zyx is \(64, 64, 64\) there and \(32, 32, 32\) here"):
         study.main(arguments(tmp_path, "--store", store.path, "--shots", "1"))

@@ -18,9 +18,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     others = dict.fromkeys(what for row in rows for what in row["more_than"])
     panels = {"Dice of unseen patients": [row["dice"] for row in rows]}
     panels |= {f"the same, less {what}": [row["more_than"].get(what) for row in rows] for what in others}
-    figure = figures.new_figure(11, 4.2 * ((len(panels) + 1) // 2))
+    columns = min(len(panels), 3)
+    rows_of_panels = -(-len(panels) // columns)
+    figure = figures.new_figure(4.4 * columns, 3.8 * rows_of_panels)
     for place, (title, values) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot((len(panels) + 1) // 2, 2, place)
+        axes = figure.add_subplot(rows_of_panels, columns, place)
         figures.style(axes, title)
         for number, arm in enumerate(arms):
             found = [(row, value) for row, value in zip(rows, values, strict=True) if row["arm"] == arm and value]
