@@ -79,6 +79,8 @@ class Subset:
 
 def trained(config: ConfigDict, workdir: Path) -> None:
     """Runs the training loop to its end, or not at all if it has ended before."""
+    if checkpoint.newest_intact(str(workdir))[0] == config.steps:
+        return
     if code := train.run_on_disk(config, str(workdir)):
         sys.exit(code)
 

@@ -6,7 +6,7 @@
 `configs/classify.py` is for the full-size backbone of `configs/pretrain.py`, `:tiny` for that of its `:tiny`.
 `method.kind` "finetune" trains backbone and head, "probe" the head alone. docs/finetune.md describes the CSV.
 
-With no `data.store` the built-in labelled patients are used, of whom `:tiny` learns the contrast phase.
+With no `data.store` the built-in labelled patients are used, of whom `:tiny` learns what a scan shows.
 """
 
 from ml_collections import ConfigDict
@@ -88,7 +88,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.log_every = 5
         config.microbatch = 8
         config.data.threads = 2
-        config.data.label_columns = "phase"
+        config.data.label_columns = "view"
         config.views.crop_shape_zyx = (32, 32, 32)
         config.views.crops = 2
         config.model.width = 24

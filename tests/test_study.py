@@ -132,6 +132,15 @@ def test_each_rung_is_compared_with_the_one_before_case_by_case():
     assert study_curves.draw(rows).startswith(b"\x89PNG")
 
 
+def test_a_training_that_has_ended_is_not_begun_again(monkeypatch, tmp_path):
+    config, begun = study.recipe("configs/segment.py:tiny", {}, 7), []
+    monkeypatch.setattr(study.train, "run_on_disk", lambda config, workdir: begun.append(config.steps) or 0)
+    for newest in (None, 6, 7):
+        monkeypatch.setattr(study.checkpoint, "newest_intact", lambda workdir, newest=newest: (newest, []))
+        study.trained(config, tmp_path)
+    assert begun == [7, 7]
+
+
 def test_intervals_hold_the_chance_of_seeds_beside_that_of_cases():
     """Two cases that agree and two seeds that do not: a quarter of all draws is of either seed alone."""
     found = study.summarised(np.array([[0.0, 0.2], [0.0, 0.2]]))
