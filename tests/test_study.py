@@ -256,21 +256,9 @@ def test_shares_have_folders_of_their_own():
 
 @pytest.mark.parametrize("share, left", [("0", "0 scans"), ("0.1", "1 scans")])
 def test_too_few_held_out_scans_are_refused_before_the_first_training(store, no_training, tmp_path, share, left):
+    settings = ["--store", store.path, "--unlabelled", "none", "--shots", "3", "--held-out", share]
     with pytest.raises(UserError, match=rf"--held-out {float(share)}: leaves {left} with labels to judge by"):
-        study.main(
-            [
-                "--workdir",
-                str(tmp_path),
-                "--store",
-                store.path,
-                "--shots",
-                "1",
-                "--held-out",
-                share,
-                "--unlabelled",
-                "none",
-            ]
-        )
+        study.main(["--workdir", str(tmp_path / "study"), *settings])
 
 
 def test_without_weights_a_ladder_is_pretrained_first(trainings, tmp_path):
