@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from alice_jax.models.layers import Linear, by_platform
 
@@ -114,7 +115,8 @@ def position_biases(table: jax.Array, window: int, kind: str, samples: int) -> j
     bias = spread("...zyx,adz->...adyx", bias, chosen)
     bias = spread("...adyx,bey->...abdex", bias, chosen)
     bias = spread("...abdex,cfx->...abcdef", bias, chosen)
-    return bias.reshape(samples, -1, window**3, window**3)
+    # Left alone, a TPU's compiler takes over the table's order, where heads are innermost, and fills 24 up to 128.
+    return with_layout_constraint(bias.reshape(samples, -1, window**3, window**3), Layout((0, 1, 2, 3)))
 
 
 def _weights(
