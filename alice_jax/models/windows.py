@@ -96,13 +96,11 @@ def relative_position_index(window: int, kind: str) -> np.ndarray:
     return offset_rows(window, kind)[tuple(offset)]
 
 
-def position_biases(table: jax.Array, window: int, kind: str, samples: int) -> jax.Array:
-    """`table[relative_position_index].T`, for each sample alike: ((2w-1)**3, k) -> (samples, k, t, t).
+def position_bias(table: jax.Array, window: int, kind: str) -> jax.Array:
+    """Spreads the table over the token pairs: ((2w-1)**3, k) -> (k, t, t), `table[relative_position_index].T`.
 
-    Spread over the offsets axis by axis, as products with ones and zeros: exact, and neither they nor their gradients
-    turn the large arrays round, which a take of rows makes an accelerator do. Each sample has its own, so that the
-    gradient adds up a sample's pairs before the samples: devices that hold different samples send each other numbers
-    for (2w-1)**3 offsets and not for t*t pairs.
+    Axis by axis, as products with ones and zeros: exact, and neither they nor their gradients turn the large arrays
+    round, which a take of rows makes an accelerator do.
     """
     side = 2 * window - 1
     if kind != "correct":
@@ -111,12 +109,35 @@ def position_biases(table: jax.Array, window: int, kind: str, samples: int) -> j
     offset = place[:, None] - place + window - 1  # of query and key along one axis
     chosen = jnp.asarray(offset[..., None] == np.arange(side), jnp.float32)  # (query, key, offset)
     spread = functools.partial(jnp.einsum, precision="highest")
-    bias = jnp.broadcast_to(table.T.reshape(-1, side, side, side), (samples, table.shape[1], side, side, side))
-    bias = spread("...zyx,adz->...adyx", bias, chosen)
-    bias = spread("...adyx,bey->...abdex", bias, chosen)
-    bias = spread("...abdex,cfx->...abcdef", bias, chosen)
+    bias = table.T.reshape(-1, side, side, side)
+    bias = spread("kzyx,adz->kadyx", bias, chosen)
+    bias = spread("kadyx,bey->kabdex", bias, chosen)
+    bias = spread("kabdex,cfx->kabcdef", bias, chosen)
+    return bias.reshape(-1, window**3, window**3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def position_biases(table: jax.Array, window: int, kind: str, samples: int) -> jax.Array:
+    """`position_bias` for each sample, all alike: ((2w-1)**3, k) -> (samples, k, t, t).
+
+    Its gradient adds up each sample's pairs before the samples, so that devices which hold different samples send each
+    other numbers for (2w-1)**3 offsets and not for t*t pairs.
+    """
     # Left alone, a TPU's compiler takes over the table's order, where heads are innermost, and fills 24 up to 128.
-    return with_layout_constraint(bias.reshape(samples, -1, window**3, window**3), Layout((0, 1, 2, 3)))
+    bias = with_layout_constraint(position_bias(table, window, kind), Layout((0, 1, 2)))
+    return jnp.broadcast_to(bias, (samples, *bias.shape))
+
+
+def _position_biases_gradient(window, kind, samples, _, gradient):
+    table = jax.ShapeDtypeStruct(((2 * window - 1) ** 3, gradient.shape[1]), gradient.dtype)
+    of_table = jax.linear_transpose(lambda table: position_bias(table, window, kind), table)
+    return (jax.vmap(of_table)(gradient)[0].sum(0),)
+
+
+position_biases.defvjp(
+    lambda table, window, kind, samples: (position_biases(table, window, kind, samples), None),
+    _position_biases_gradient,
+)
 
 
 def _weights(
