@@ -1,15 +1,17 @@
 """Classification: samples, scores and intervals, a run that learns, and what evaluate says of its backbone."""
 
 import csv
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from builders import add_volume, noise_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alice_jax import checkpoint, cli, evaluate, metrics, train
+from alice_jax import checkpoint, cli, evaluate, metrics, tasks, train
 from alice_jax.data import class_labels, class_views
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -140,6 +142,26 @@ def test_fine_tuning_learns_and_tells_how_well(finetuned, store):
     lines = metrics.read(finetuned)
     assert lines[-1]["validation/auroc"] == 1.0 and lines[-1]["validation/loss"] < np.log(2)
     assert {"validation/balanced_accuracy", "validation/f1"} < set(lines[-1])
+
+
+def test_held_out_scans_take_the_memory_of_one_crop_each(store):
+    """Of 12 crops in place of 3 only the crops themselves take more; they count as in training, all at once."""
+    config = small(store)
+    objective = tasks.make(config, Store.open(config.data.store)).objective
+    volumes = np.random.default_rng(0).random((2, 12, 16, 16, 16, 1), np.float32)
+    batch = {"volumes": volumes, "weights": np.ones((2, 12), np.float32), "targets": np.array([0, 1], np.int32)}
+    params, _ = objective.init(jax.random.key(0), batch)
+
+    def value(batch, train):
+        return objective.loss(params, {}, batch, jax.random.key(0), 0, train)[0]
+
+    def temporaries(crops):
+        rows = batch | {name: batch[name][:, :crops] for name in ("volumes", "weights")}
+        held_out = jax.jit(functools.partial(value, train=False))
+        return held_out.lower(rows).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(12) - temporaries(3) < 1.5 * volumes[:, 3:].nbytes
+    assert value(batch, False) == pytest.approx(float(value(batch, True)), rel=1e-5)
 
 
 def test_a_probe_trains_the_head_alone_on_the_weights_that_it_starts_from(finetuned, store, tmp_path, capsys):

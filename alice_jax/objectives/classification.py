@@ -20,10 +20,9 @@ from alice_jax.objectives import Batch, Objective, started
 Tree = Any
 
 
-def scan_feature(tokens: jax.Array, weights: jax.Array) -> jax.Array:
-    """Last-stage tokens (batch · crops, d, h, w, c) and weights (batch, crops) of the crops -> (batch, c) float32."""
-    crops = mean_token(tokens).reshape(*weights.shape, -1)
-    return jnp.einsum("bk,bkc->bc", weights, crops) / jnp.sum(weights, axis=1, keepdims=True)
+def scan_feature(of_crops: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean tokens (batch, crops, c) and weights (batch, crops) of crops -> (batch, c) float32."""
+    return jnp.einsum("bk,bkc->bc", weights, of_crops) / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -72,11 +71,18 @@ def make(
         return started(params, start or {}), {}
 
     def logits(params: Tree, batch: Batch, key: jax.Array | None, train: bool) -> jax.Array:
-        volumes = batch["volumes"].reshape(-1, *batch["volumes"].shape[2:])
-        rngs = {} if key is None else {"drop_path": key}
-        weights = {"params": params["backbone"]}
-        skips: Any = backbone.apply(weights, volumes, train=train and not frozen, method="encode", rngs=rngs)
-        feature = scan_feature(skips[-1], batch["weights"])
+        def encoded(volumes: jax.Array) -> jax.Array:
+            rngs = {} if key is None else {"drop_path": key}
+            weights = {"params": params["backbone"]}
+            skips: Any = backbone.apply(weights, volumes, train=train and not frozen, method="encode", rngs=rngs)
+            return mean_token(skips[-1])
+
+        volumes, weights = batch["volumes"], batch["weights"]
+        if train:
+            of_crops = encoded(volumes.reshape(-1, *volumes.shape[2:])).reshape(*weights.shape, -1)
+        else:  # a grid of crops that covers the body may have hundreds: one of each scan at a time
+            of_crops = jax.lax.map(encoded, volumes.swapaxes(0, 1)).swapaxes(0, 1)
+        feature = scan_feature(of_crops, weights)
         feature = jax.lax.stop_gradient(feature) if frozen else feature
         return jnp.asarray(head.apply({"params": params["head"]}, feature))
 
