@@ -1,13 +1,14 @@
 """The edge of every command: a user's mistake becomes one line on stderr and exit code 1."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,18 @@ def write(path: Path, content: bytes, flag: str) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written: {error.strerror}; choose another place") from error
+
+
+@contextlib.contextmanager
+def on_disk(workdir: str, kept: str) -> Iterator[None]:
+    """Makes a `UserError` of what a disk that is full, gone or read-only refuses; `kept` says what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        raise UserError(
+            f"--workdir {workdir}: {reason}; {kept}; see to space and permissions, then run the same command again"
+        ) from error
 
 
 def write_numbers(path: str, numbers: Mapping[str, Any]) -> None:

@@ -98,24 +98,19 @@ def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
     return config
 
 
-def judged_cases(config: ConfigDict, store: Store) -> list[str]:
-    """The scans that a configuration holds out and that show any of its classes."""
-    names = label_maps.names_in(store)
-    codes = list(segment.classes_of(config.data.classes, store, names))
-    held_out = segment.divided(config, store)[1]
-    return [id for id in held_out if np.isin(read_labels(store, id, names), codes).any()]
-
-
 def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float) -> dict[str, dict[str, float]]:
-    """{case: {class: Dice}} of a finished run on `judged_cases`; classes that a case lacks are left out."""
+    """{case: {class: Dice}} of a finished run on what it held out; what a case lacks is left out,
+    and cases that lack all classes."""
     network, params, agreed = segment.load(str(workdir))
     names = label_maps.names_in(store)
     codes = segment.classes_of(config.data.classes, store, names)
 
     sliding = Sliding.of(network, params, agreed, overlap=overlap, batch=8)
     cases: dict[str, dict[str, float]] = {}
-    for id in judged_cases(config, store):
+    for id in segment.divided(config, store)[1]:
         truth = read_labels(store, id, names)
+        if not np.isin(truth, list(codes)).any():
+            continue
         found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
         cases[id] = {
             name: surfaces.dice(truth == code, found == number)
@@ -160,17 +155,18 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
     """A `UserError` for what would otherwise stop the study after hours of it."""
     store = Store.open(args.store)
     config = fine_tuning(arms[0], subsets[0], 0, args)
-    judged, held_out = judged_cases(config, store), segment.divided(config, store)[1]
+    names = label_maps.names_in(store)
+    classes = segment.classes_of(config.data.classes, store, names)
+    held_out = segment.divided(config, store)[1]
+    judged = [id for id in held_out if np.isin(read_labels(store, id, names), list(classes)).any()]
     cli.say(f"judged by {len(judged)} scans; {len(held_out) - len(judged)} more held out show none of the classes")
     if len(judged) < 2:
         raise UserError(f"--held-out {args.held_out}: leaves {len(judged)} scans with labels to judge by, and an "
                         "interval needs two; give a larger share or prepare more patients")  # fmt: skip
     for subset in subsets:
         for seed in range(args.seeds):
-            config = fine_tuning(arms[0], subset, seed, args)
-            scans, _ = segment.divided(config, store)
-            names = label_maps.names_in(store)
-            segment.absent_classes(store, scans, names, segment.classes_of(config.data.classes, store, names))
+            scans, _ = segment.divided(fine_tuning(arms[0], subset, seed, args), store)
+            segment.absent_classes(store, scans, names, classes)
     for arm in arms if args.pretrained else arms[:1]:
         config = fine_tuning(arm, subsets[0], 0, args)
         task = tasks.make(config, store)
@@ -317,13 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parse(argv)
     host.settle()
-    try:
+    with cli.on_disk(args.workdir, "what is done stays done"):
         print(table(studied(args)))
-    except OSError as error:  # of a disk that is full, gone or read-only
-        raise UserError(
-            f"--workdir {args.workdir}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}; "
-            "what is done stays done; see to space and permissions, then run the same command again"
-        ) from error
     return 0
 
 

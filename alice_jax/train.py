@@ -366,14 +366,8 @@ def facts(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def run_on_disk(config: ConfigDict, workdir: str) -> int:
     """`run`, with a `UserError` for what the disk of its folder refuses."""
-    try:
+    with cli.on_disk(workdir, "what was saved before is intact"):
         return run(config, workdir)
-    except OSError as error:  # of a disk that is full, gone or read-only
-        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        raise UserError(
-            f"--workdir {workdir}: {reason}; what was saved before is intact; see to space and permissions, then run "
-            "the same command again"
-        ) from error
 
 
 if __name__ == "__main__":

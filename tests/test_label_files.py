@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_prepare import in_this_process, reasons, report_of  # noqa: F401  (a fixture)
+from prepare_command import in_this_process, reasons, report_of  # noqa: F401  (a fixture)
 from test_readers import AFFINE, ct_like, write_nifti
 
 from alice_jax.data import geometry, label_maps

@@ -64,15 +64,6 @@ class ClassLabels:
         return {name: (int(n), len(rows) - int(n)) for name, n in zip(self.names, have, strict=True)}
 
 
-def listed(text: str) -> list[str]:
-    """Names that are separated by commas.
-
-    >>> listed("bright, large")
-    ['bright', 'large']
-    """
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def read(path: str, store: Store, columns: Sequence[str] = ()) -> ClassLabels:
     """The labels in a CSV.
 

@@ -88,9 +88,7 @@ class TrainedBackbone:
         Raises:
           UserError: the run has trained the encoder alone.
         """
-        crop_shape = self.contract.crop_shape_zyx
-        needed = tasks.segment.shapes_of(self.network, crop_shape, lambda net, x: net.decode_tokens(net.encode(x)))
-        if needed.keys() - dict(leaves(self.params, "backbone/")):
+        if not self._decodes:
             raise UserError("--backbone: this run has trained an encoder alone; give a run of pretraining")
         shape, (crop, window_hu) = store.scan(id).shape_zyx, self._prepared(store)
         lattice = itertools.product(*(range(0, max(n - c // 2, 1), c // 2) for n, c in zip(shape, crop, strict=True)))
@@ -118,6 +116,13 @@ class TrainedBackbone:
         here = contract_of(store, window_hu, crop)
         contract.check(self.contract, here, f"store {store.path}, for which the backbone was not trained")
         return crop, window_hu
+
+    @cached_property
+    def _decodes(self) -> bool:
+        """Whether all that decoder tokens need was trained."""
+        crop_shape = self.contract.crop_shape_zyx
+        needed = tasks.segment.shapes_of(self.network, crop_shape, lambda net, x: net.decode_tokens(net.encode(x)))
+        return needed.keys() <= dict(leaves(self.params, "backbone/")).keys()
 
     # ---------------------------------------------------------------- on the devices
 

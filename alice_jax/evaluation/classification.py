@@ -20,6 +20,7 @@ from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.evaluation import backbone, class_scores
+from alice_jax.tasks.task import listed
 
 Intervals = dict[str, tuple[float, float, float]]
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = checkpoint.read_config(args.workdir) or {}
     own_head = config.get("objective") == "classification" and args.which != "random"
     path = args.labels or (own_head and config["data"]["labels"]) or os.path.join(store.path, class_labels.FILE)
-    columns = args.columns or (class_labels.listed(config["data"]["label_columns"]) if own_head else [])
+    columns = args.columns or (listed(config["data"]["label_columns"]) if own_head else [])
     labels = class_labels.read(path, store, columns)
     features = trained.scan_features(store, labels.scans)
     counts = class_labels.summary(labels.counts(np.arange(len(labels.scans))))

@@ -70,9 +70,10 @@ def region_ids(grid: Grid, window: int, shift: int) -> np.ndarray:
     return ids.transpose(0, 2, 4, 1, 3, 5).reshape(-1, window**3)
 
 
-def region_mask(grid: Grid, window: int, shift: int) -> np.ndarray:
-    """True where two tokens of a window must not see each other: (n, t, t) bool."""
-    ids = region_ids(grid, window, shift)
+def region_mask(grid: Grid, window: int, shift: int) -> jax.Array:
+    """True where two tokens of a window must not see each other: (n, t, t) bool, made in the program from `region_ids`,
+    which are much smaller."""
+    ids = jnp.asarray(region_ids(grid, window, shift))
     return ids[:, :, None] != ids[:, None, :]
 
 
@@ -271,10 +272,7 @@ def over_windows(
             x = jnp.roll(x, (-shift,) * 3, axis=(1, 2, 3))
         return partition(x, window)
 
-    separate = None
-    if shift:
-        ids = jnp.asarray(region_ids(padded, window, shift))
-        separate = ids[:, :, None] != ids[:, None, :]
+    separate = region_mask(padded, window, shift) if shift else None
     y = attend(to_windows(x), None if context is None else to_windows(context), separate)
     y = merge(y, padded, window)
     if shift:

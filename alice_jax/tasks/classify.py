@@ -17,7 +17,7 @@ from alice_jax.evaluation import class_scores
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import classification
 from alice_jax.tasks import backbones, segment
-from alice_jax.tasks.task import Task, compute_dtype, contract_of, epoch_of, learning_rate, split
+from alice_jax.tasks.task import Task, compute_dtype, contract_of, epoch_of, learning_rate, listed, split
 
 KINDS = ("finetune", "probe")
 
@@ -25,7 +25,7 @@ KINDS = ("finetune", "probe")
 def labels_of(config: ConfigDict, store: Store) -> ClassLabels:
     """The labels that a configuration names, by default those in the store's own folder."""
     path = config.data.labels or os.path.join(store.path, class_labels.FILE)
-    return class_labels.read(path, store, class_labels.listed(config.data.label_columns))
+    return class_labels.read(path, store, listed(config.data.label_columns))
 
 
 def divided(config: ConfigDict, labels: ClassLabels) -> tuple[tuple[str, ...], tuple[str, ...]]:

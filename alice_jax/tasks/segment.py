@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from alice_jax import checkpoint, contract, optimizer, pretrained, schedules
 from alice_jax.contract import Contract
-from alice_jax.data import class_labels, label_maps, phantom_tissues
+from alice_jax.data import label_maps, phantom_tissues
 from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler, read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -23,7 +23,7 @@ from alice_jax.interop.names import leaves
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import segmentation
 from alice_jax.tasks import backbones
-from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, learning_rate, split
+from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, learning_rate, listed, split
 
 PARTS = ("all", "encoder")
 Shapes = dict[str, tuple[int, ...]]
@@ -74,7 +74,7 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
     Of one seed a smaller subset lies inside every larger one.
     """
     if data.train_scans:
-        wanted = _listed(data.train_scans)
+        wanted = _ids_in(data.train_scans)
         if other := [id for id in wanted if id not in scans]:
             raise UserError(
                 f"data.train_scans {other[0]}: is no labelled scan of the store, or one held out for validation; "
@@ -92,10 +92,10 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
     return tuple(scans[i] for i in sorted(chosen))
 
 
-def _listed(text: str) -> list[str]:
+def _ids_in(text: str) -> list[str]:
     """Ids separated by commas, or one on each line of a file."""
     if not os.path.isfile(text):  # which takes a text of any length
-        return class_labels.listed(text)
+        return listed(text)
     return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 

@@ -77,6 +77,15 @@ def split(
     )
 
 
+def listed(text: str) -> list[str]:
+    """Names that are separated by commas.
+
+    >>> listed("bright, large")
+    ['bright', 'large']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def checked_crop(crop_shape_zyx: Sequence[int], stride_zyx: Sequence[int]) -> tuple[int, int, int]:
     """The shape of crops, of which a network with this token stride sees no part of a token."""
     crop = tuple(crop_shape_zyx)
