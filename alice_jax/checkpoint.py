@@ -45,9 +45,9 @@ def _unless_loop_is_closed(unraisable: Any) -> None:
 sys.unraisablehook = _unless_loop_is_closed
 
 
-def _directory(workdir: str) -> Path:
+def _directory(workdir: str, field: str = "--workdir") -> Path:
     if "://" in workdir:
-        raise UserError(f"--workdir {workdir}: mount the bucket and give a folder in it, see launch/README.md")
+        raise UserError(f"{field} {workdir}: mount the bucket and give a folder in it, see launch/README.md")
     return Path(os.path.abspath(workdir))
 
 
@@ -188,7 +188,7 @@ def damage(folder: Path) -> str | None:
 def newest_intact(workdir: str, field: str = "--workdir") -> tuple[int | None, list[int]]:
     """The newest checkpoint whose files are as they were written, and the damaged ones that are newer, of which it says
     what is wrong; (None, []) where there is none at all, and a `UserError` where none is intact."""
-    folder = _directory(workdir) / "checkpoints"
+    folder = _directory(workdir, field) / "checkpoints"
     faults: dict[int, str] = {}
     for step in reversed(_steps(folder)):
         if not (fault := damage(folder / str(step))):
@@ -219,7 +219,7 @@ def write_config(workdir: str, config: dict[str, Any]) -> None:
 
 def read_config(workdir: str, field: str = "--workdir") -> dict[str, Any] | None:
     """The configuration that a run in this workdir was started with, or None."""
-    path = _directory(workdir) / "config.json"
+    path = _directory(workdir, field) / "config.json"
     if not path.exists():
         return None
     try:
@@ -249,7 +249,7 @@ def restore_arrays(
     config = read_config(workdir, field)
     if config is None:
         raise UserError(f"{field} {workdir}: holds no run; give the folder that `alice_jax.train --workdir` wrote")
-    folder = _directory(workdir) / "checkpoints"
+    folder = _directory(workdir, field) / "checkpoints"
     if step is None:
         step, _ = newest_intact(workdir, field)
         if step is None:

@@ -68,3 +68,8 @@ def test_a_damaged_config_is_named(tmp_path):
 def test_a_bucket_s_address_is_no_workdir(use):
     with pytest.raises(UserError, match=r"^--workdir gs://bucket/run: mount the bucket and give a folder in it"):
         use("gs://bucket/run")
+
+
+def test_a_bucket_s_address_is_named_by_what_gave_it():
+    with pytest.raises(UserError, match=r"^init_from gs://bucket/run: mount the bucket"):
+        checkpoint.restore_arrays("gs://bucket/run", field="init_from")
