@@ -155,6 +155,8 @@ def check(arms: Sequence[Arm], subsets: Sequence[Subset], args: argparse.Namespa
     """A `UserError` for what would otherwise stop the study after hours of it."""
     store = Store.open(args.store)
     config = fine_tuning(arms[0], subsets[0], 0, args)
+    if config.data.train_scans:
+        raise UserError(f"--recipe {args.recipe}: names data.train_scans, but a study draws them anew for each seed")
     names = label_maps.names_in(store)
     classes = segment.classes_of(config.data.classes, store, names)
     held_out = segment.divided(config, store)[1]
@@ -211,7 +213,9 @@ def claim(arms: Sequence[Arm], args: argparse.Namespace) -> None:
     known = (theirs or {}).get("arms", {})
     origins = {arm.name: origin(arm, args) for arm in arms}
     for name, value in origins.items():
-        if known.get(name, value) != value:
+        places = (name, f"{name}-{FROZEN}", f"{PRETRAINING}/{name}")
+        begun = any(Path(args.workdir, place).exists() for place in places)
+        if begun and known.get(name, value) != value:
             raise UserError(
                 f"--workdir {args.workdir}: its arm {name} started from {known[name]}, this one would from {value}; "
                 "name another folder or another arm"

@@ -19,8 +19,10 @@ import numpy as np
 from step import alone, conditions, main_memory_gib, measured
 
 from alice_jax import cli, host
+from alice_jax.contract import Contract
 from alice_jax.data import geometry
 from alice_jax.data.scan import Scan
+from alice_jax.data.store import FRAME
 from alice_jax.inference import original
 from alice_jax.inference.sliding import Sliding, Windows
 from alice_jax.models.nnformer import NNFormer
@@ -50,10 +52,8 @@ def ours(slices: int, batch: int) -> dict[str, Any]:
 
     network = NNFormer(out_channels=CLASSES, mask_tokens=False)
     params = jax.jit(lambda key: network.init(key, np.zeros((1, *SIDE, 1), np.float32), method="segment")["params"])
-    sliding = Sliding(
-        lambda p, x: network.apply({"params": p}, x, method="segment")[0],
-        params(jax.random.key(0)), SIDE, WINDOW_HU, batch=batch,
-    )  # fmt: skip
+    contract = Contract(FRAME, (SPACING_MM,) * 3, WINDOW_HU, SIDE)
+    sliding = Sliding.of(network, params(jax.random.key(0)), contract, batch=batch)
 
     windows = np.zeros((batch, *SIDE), np.int16)
     _, alone_s = measured(lambda: sliding._logits(sliding._params, windows, np.zeros(3, bool)).block_until_ready(), 3)

@@ -16,6 +16,7 @@ from alice_jax.data import label_maps
 from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+from alice_jax.models import nnformer, primus
 from alice_jax.objectives import alice, segmentation
 from configs import segment
 
@@ -208,7 +209,8 @@ def test_layer_wise_rates_and_freezing_by_rules():
     for name in names:
         module, leaf = name.split("/")[1:]
         tree["backbone"].setdefault(module, {})[leaf] = 0
-    rules = tasks.segment.rate_rules(taken, taken[:3], rate=0.5, layer_decay=0.1)
+    layers = {name: nnformer.NNFormer().layer_of(name.split("/")[1]) for name in taken[:3]}
+    rules = tasks.segment.rate_rules(taken, layers, rate=0.5, layer_decay=0.1)
     rates = dict(pretrained.names.leaves(optimizer.by_rules(tree, rules)))
     assert rates == pytest.approx(
         {
@@ -217,9 +219,8 @@ def test_layer_wise_rates_and_freezing_by_rules():
     )  # fmt: skip
     groups = dict(pretrained.names.leaves(optimizer.by_rules(tree, tasks.segment.group_rules(taken, held=True))))
     assert [groups[name] for name in names] == ["held", "held", "held plain", "held", "decayed", "decayed"]
-    assert dict(tasks.segment.rate_rules(["backbone/norm/scale"], ["backbone/norm/scale", *taken], 0.5, 0.1)) == {
-        r"^backbone/norm/scale$": 0.05, "": 1.0,
-    }  # fmt: skip
+    of_primus = [primus.Primus(depth=4).layer_of(module) for module in ("stem", "block_0", "block_3", "norm")]
+    assert of_primus == [-1, 0, 3, 3]
     free = dict(pretrained.names.leaves(optimizer.by_rules(tree, tasks.segment.group_rules(taken, held=False))))
     assert set(free.values()) == {"decayed", "plain"}
     gain = {"backbone": {"block_0": {"gain1": 0}}}

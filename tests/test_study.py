@@ -179,6 +179,17 @@ def test_an_arm_goes_on_from_the_weights_that_it_started_from(trainings, tmp_pat
     assert len(trainings) == 3
 
 
+def test_an_arm_that_never_began_may_begin_elsewhere(trainings, tmp_path):
+    for name in ("first", "other"):
+        step_of(tmp_path / name, 300)
+    short = ["--workdir", str(tmp_path / "study"), "--store", "labelled", "--shots", "1", "--seeds", "1", "--no-probes"]
+    study.main([*short, "--pretrained", f"alice={tmp_path / 'first'}"])
+    config = json.loads((tmp_path / "study" / "config.json").read_text())
+    checkpoint.write_config(str(tmp_path / "study"), config | {"arms": config["arms"] | {"mine": {"path": "gone"}}})
+    study.main([*short, "--pretrained", f"mine={tmp_path / 'other'}"])
+    assert len(trainings) == 3
+
+
 def test_a_file_of_weights_is_known_by_its_bytes(trainings, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"first")
     short = arguments(tmp_path, "--pretrained", f"alice={tmp_path / 'a.pth'}", "--shots", "1", "--seeds", "1")
@@ -252,6 +263,30 @@ def test_what_would_fail_late_fails_before_the_first_training(store, no_training
 def test_shares_have_folders_of_their_own():
     names = [subset.name for subset in study.Subset.all_of([], [0.07, 0.12, 0.121, 0.124, 1.0])]
     assert names == ["7%", "12%", "12.1%", "12.4%", "100%"]
+
+
+def test_a_recipe_that_names_its_scans_is_refused(store, no_training, tmp_path):
+    recipe = tmp_path / "named.py"
+    recipe.write_text(
+        "from configs import segment\n\n"
+        "def get_config(variant=''):\n"
+        "    config = segment.get_config('tiny')\n"
+        "    config.data.train_scans = 'case1'\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=r"named.py: names data.train_scans, but a study draws them anew"):
+        study.main(
+            [
+                "--workdir",
+                str(tmp_path / "study"),
+                "--store",
+                store.path,
+                "--pretrained",
+                "a=b",
+                "--recipe",
+                str(recipe),
+            ]
+        )
 
 
 @pytest.mark.parametrize("share, left", [("0", "0 scans"), ("0.1", "1 scans")])

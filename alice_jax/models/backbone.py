@@ -8,6 +8,8 @@
 `models.nnformer`, `models.resenc` and `models.primus` are three of them; docs/backbones.md says how to add one.
 """
 
+import re
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -55,6 +57,12 @@ class Backbone(nn.Module):
     def decoder_channels(self) -> int:
         """Of a decoder token."""
         raise NotImplementedError
+
+    @nn.nowrap
+    def layer_of(self, module: str) -> int:
+        """The layer of the encoder, from 0, that a module of it belongs to: its number, or -1, before them all."""
+        number = re.search(r"\d+", module)
+        return int(number[0]) if number else -1
 
     def encode(
         self,

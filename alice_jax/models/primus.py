@@ -199,6 +199,11 @@ class Primus(Backbone):
         first, second = (max(8, 8 * round((self.width / ratio**i + 1e-6) / 8)) for i in (1, 2))
         return first, second
 
+    @nn.nowrap
+    def layer_of(self, module: str) -> int:
+        """As everywhere; `norm` comes after the last block."""
+        return self.depth - 1 if module == "norm" else super().layer_of(module)
+
     def encode(
         self,
         volume: jax.Array,

@@ -149,24 +149,12 @@ def start_of(config: ConfigDict, network: Backbone, here: Contract, method: str 
     return pretrained.fit(source, shapes_of(network, crop, method), wanted)
 
 
-def rate_rules(taken: Collection[str], encoder: Collection[str], rate: float, layer_decay: float) -> optimizer.Rules:
-    """Factors on the learning rate: 1 for what is new, `rate` for what was taken over, and for layers of its encoder
-    `layer_decay` once more for each layer that lies between them and its end.
-
-    Layers are counted by the first number in a parameter's name; what has none comes before layer 0, but for Primus's
-    `norm`, which ends the encoder.
+def rate_rules(taken: Collection[str], layers: Mapping[str, int], rate: float, layer_decay: float) -> optimizer.Rules:
+    """Factors on the learning rate: 1 for what is new, `rate` for what was taken over, and for what `layers` names,
+    with the number of its layer in the encoder, `layer_decay` once more for each layer from there to the last.
     """
-
-    def layer(name: str) -> int:
-        number = re.search(r"\d+", name.split("/")[1])
-        return int(number[0]) if number else -1
-
-    last = max((layer(name) for name in encoder), default=0)
-
-    def layers_to_end(name: str) -> int:
-        return 1 if name.startswith("backbone/norm/") else last + 1 - layer(name)
-
-    factors = {name: rate * layer_decay ** layers_to_end(name) if name in encoder else rate for name in taken}
+    end = max(layers.values(), default=0) + 1
+    factors = {name: rate * layer_decay ** (end - layers.get(name, end)) for name in taken}
     return [*((f"^{re.escape(name)}$", factor) for name, factor in factors.items()), ("", 1.0)]
 
 
@@ -226,6 +214,7 @@ def task(config: ConfigDict, store: Store) -> Task:
     rate = learning_rate(config, epoch)
     held_steps = schedules.duration(recipe.freeze, "optimizer.freeze", epoch, config.steps)
     encoder = shapes_of(network, here.crop_shape_zyx, "encode")
+    layers = {name: network.layer_of(name.split("/")[1]) for name in encoder}
 
     def sampler(ids: tuple[str, ...], augmentation: Augmentation | None) -> SegmentationSampler:
         return SegmentationSampler(
@@ -250,7 +239,7 @@ def task(config: ConfigDict, store: Store) -> Task:
                 group_rules=group_rules(taken, held_steps > 0),
                 clip=optax.clip_by_global_norm(recipe.clip),
                 held_steps=held_steps,
-                rate_rules=rate_rules(taken, encoder, recipe.pretrained_rate, recipe.layer_decay),
+                rate_rules=rate_rules(taken, layers, recipe.pretrained_rate, recipe.layer_decay),
             ),
             schedules={"learning_rate": rate},
             start=taken,
