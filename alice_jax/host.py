@@ -6,8 +6,6 @@ import os
 import platform
 import sys
 
-import jax
-
 # glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 PLENTY_BYTES = 12 << 30  # the full-size step has been seen to hold 8
@@ -49,6 +47,8 @@ def keep_compiled() -> None:
 
     Programs for a CPU use its instruction set, so computers of another kind that share the folder get their own.
     """
+    import jax  # here, since whoever wants the memory alone may have another library to measure
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache(), "compiled", _processor()))
 

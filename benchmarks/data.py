@@ -13,7 +13,6 @@ time of the processor, summed over threads, so that other programs disturb them 
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import os
 import pickle
@@ -28,6 +27,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"): 
     os.environ[variable] = "1"
 
 import jax
+import measuring
 import nibabel
 import numpy as np
 import tensorstore as ts
@@ -399,8 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(table(rest))
     results |= rest
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    measuring.save(args.json, results)
     return 0
 
 

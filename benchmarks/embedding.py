@@ -7,16 +7,15 @@ the same run. Times are medians; a first evaluation, which compiles, does not co
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from step import alone, main_memory_gib, measured
+from measuring import alone, ceilings, main_memory_gib, measured, save
 
-from alice_jax import cli, embed, host, tasks
+from alice_jax import cli, embed, tasks
 from alice_jax.data.store import AIR_HU
 
 CONFIG = Path(__file__).parents[1] / "configs" / "embedder.py"
@@ -25,7 +24,6 @@ RECIPES = {"published network": "", "small network, cells of 8 mm": "small", "sm
 
 def ours(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Seconds a scan and gigabytes of main memory of the project's embedder."""
-    host.keep_memory()
     config = cli.recipe(f"{CONFIG}:{RECIPES[name]}")
     network = tasks.embedder.network_of(config.model.to_dict(), tasks.compute_dtype(config.precision))
     example = np.zeros((1, *config.views.shape_zyx, 1), np.float32)
@@ -101,11 +99,13 @@ def twin(shape: tuple[int, ...], repeats: int) -> dict[str, float]:
             fine, coarse = self.fine(top), self.coarse(self.lateral[3](outputs[3]))
             return functional.normalize(fine, dim=1), functional.normalize(coarse, dim=1)
 
-    network, volume = Network().eval(), torch.rand(1, 1, *shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network, volume = Network().eval().to(device), torch.rand(1, 1, *shape)
 
     def call() -> None:
         with torch.no_grad():
-            network(volume)
+            for part in network(volume.to(device)):
+                part.cpu()
 
     return result(*measured(call, repeats))
 
@@ -126,12 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {name: alone(ours, name, shape, args.repeats) for name in RECIPES}
     if args.twin:
         rows["published network in PyTorch"] = alone(twin, shape, args.repeats)
+    beside = rows.get("published network in PyTorch", {}).get("seconds")
     for name, row in rows.items():
-        times = rows["published network in PyTorch"]["seconds"] / row["seconds"] if args.twin else 0
-        words = f"{row['seconds']:8.2f} s{row['peak_gib']:8.1f} GiB"
-        print(f"{name:34}{words}" + (f"{times:8.1f} times as fast as the published one in PyTorch" if times else ""))
+        words = row["failed"] if "failed" in row else f"{row['seconds']:8.2f} s{row['peak_gib']:8.1f} GiB"
+        if beside and "seconds" in row:
+            words += f"{beside / row['seconds']:8.1f} times as fast as the published one in PyTorch"
+        print(f"{name:34}{words}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"shape_zyx": shape, "rows": rows}, indent=1) + "\n")
+        save(args.json, {"shape_zyx": shape, "ceilings": alone(ceilings, "float32"), "rows": rows})
     return 0
 
 

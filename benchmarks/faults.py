@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import measuring
 import numpy as np
 from recorded_train import fetched
 
@@ -173,8 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tally = kill_runs(arguments, folder, moments, draw)
     print(json.dumps(tally, indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(tally, indent=1) + "\n")
+    measuring.save(args.json, tally)
     return 1 if tally["differences"] else 0
 
 

@@ -10,7 +10,6 @@ goes on where it stopped when the command is repeated.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 
 from alice_jax import builtin, cli, embed, evaluate, train
@@ -167,10 +167,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150, help="of each training")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
+    cli.check_folder_of("--json", args.json)
     rows = training_rows(args.out, args.steps) if args.train else matcher_rows(args.workdir)
     print(table(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    measuring.save(args.json, {"rows": rows})
     return 0
 
 

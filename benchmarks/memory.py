@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step import Case, alone
+import measuring
+from step import Case
 
 from alice_jax import cli
 from alice_jax.ahead import compiling, roofline, topologies
@@ -94,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(asked.items() <= row.items() for row in rows):
             continue
         print(f"{crop}³, {pairs} pair(s), remat {remat} …", file=sys.stderr, flush=True)
-        rows.append(asked | alone(needed, Case("jax", width=48, **asked | {"remat": REMAT[remat]})))
-        if file:
-            file.write_text(json.dumps({"devices_gb": DEVICES_GB, "usable": USABLE, "rows": rows}, indent=1) + "\n")
+        rows.append(asked | measuring.alone(needed, Case("jax", width=48, **asked | {"remat": REMAT[remat]})))
+        measuring.save(args.json, {"devices_gb": DEVICES_GB, "usable": USABLE, "rows": rows})
     print(table(rows))
     return 0
 

@@ -12,7 +12,6 @@ import argparse
 import cProfile
 import dataclasses
 import itertools
-import json
 import os
 import pickle
 import resource
@@ -24,6 +23,7 @@ from typing import Any
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when numpy is imported
     os.environ[variable] = "1"
 
+import measuring
 import numpy as np
 
 from alice_jax import builtin, cli, report
@@ -39,7 +39,7 @@ PARTS = {  # of mining a pair: a function of the project, with all that it calls
     "opening embeddings": ("embeddings.py", "read_embedding"),
     "reading their cells": ("store.py", "read_rows"),
     "searching": ("matching.py", "search"),
-    "matching in all": ("matching.py", "match"),
+    "agreement of neighbours": ("consensus.py", "consensus"),
     "body masks": ("store.py", "foreground"),
     "points in the body": ("views.py", "foreground_points"),
     "reading crops": ("store.py", "read_crop"),
@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--matched", type=int, default=8, help="pairs of scans to match points of (default: 8)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     args = parser.parse_args(argv)
+    cli.check_folder_of("--json", args.json)
     store = Store.open(args.store or builtin.store_path())
     if len(store.ids()) < 2:
         raise UserError(f"--store {store.path}: holds {len(store.ids())} scans and matching needs two")
@@ -242,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["embedding"] = embedding_speed(store, args.workdir, scans=3)
     results["megabytes_of_the_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(table(results))
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    measuring.save(args.json, results)
     return 0
 
 

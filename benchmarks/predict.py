@@ -9,14 +9,12 @@ logits of the resampled scan kept, and resampled class by class at the end; for 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from step import alone, conditions, main_memory_gib, measured
+from measuring import alone, ceilings, main_memory_gib, measured, save
 
 from alice_jax import cli, host
 from alice_jax.contract import Contract
@@ -47,7 +45,7 @@ def scan_of(slices: int) -> tuple[Scan, np.ndarray, tuple[int, ...], np.ndarray]
 
 def ours(slices: int, batch: int) -> dict[str, Any]:
     """Seconds a scan, windows a second, those of the network by itself, and gigabytes of main memory."""
-    host.settle()
+    host.keep_compiled()
     import jax
 
     network = NNFormer(out_channels=CLASSES, mask_tokens=False)
@@ -71,8 +69,10 @@ def twin(slices: int) -> dict[str, Any]:
     from torch.nn import functional
     from torch_nnformer import NNFormer as Twin
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = Twin().eval()
     network.final[0].up = torch.nn.ConvTranspose3d(48, CLASSES, 2, stride=2)
+    network.to(device)
     _, volume, shape, _ = scan_of(slices)
 
     def label() -> None:
@@ -83,7 +83,7 @@ def twin(slices: int) -> dict[str, Any]:
         for at in np.ndindex(*(len(axis.starts) for axis in axes)):
             region = tuple(slice(a.starts[i], a.starts[i] + side) for a, i, side in zip(axes, at, SIDE, strict=True))
             z, y, x = (torch.from_numpy(a.weights[i]) for a, i in zip(axes, at, strict=True))
-            logits = network(scaled[region][None, None])[3][0]
+            logits = network(scaled[region][None, None].to(device))[3][0].cpu()
             total[(slice(None), *region)] += logits * (z[:, None, None] * y[:, None] * x)
         best, labels = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.uint8)
         for code, logits in enumerate(total):
@@ -92,7 +92,7 @@ def twin(slices: int) -> dict[str, Any]:
             torch.maximum(best, on_file, out=best)
 
     with torch.no_grad():
-        network(torch.zeros(1, 1, *SIDE))
+        network(torch.zeros(1, 1, *SIDE, device=device))
         began = time.perf_counter()
         label()
         return result(slices, time.perf_counter() - began)
@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['peak_gib']:10.1f}"
         )
     if args.json:
-        numbers = {"conditions": alone(conditions, "float32"), "rows": rows}
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+        save(args.json, {"ceilings": alone(ceilings, "float32"), "rows": rows})
     return 0
 
 

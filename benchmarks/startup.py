@@ -8,7 +8,6 @@ first time left.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import measuring
 
 from alice_jax import builtin, cli, train
 from alice_jax.errors import UserError
@@ -70,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds[f"first step of {args.config}, {name}"] = took
     for name, value in seconds.items():
         print(f"{name:70}{value:8.1f} s")
-    if args.json:
-        Path(args.json).write_text(json.dumps(seconds, indent=1) + "\n")
+    measuring.save(args.json, {"seconds": seconds})
     return 0
 
 

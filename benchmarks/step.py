@@ -12,21 +12,17 @@ once. PyTorch runs on the same device, in eager mode, and with --compile also th
 
 import argparse
 import dataclasses
-import datetime
-import json
-import multiprocessing
 import os
-import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import measuring
+from measuring import measured
+
 from alice_jax import cli
+from alice_jax.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain.py"
 COLUMNS = {
@@ -89,56 +85,15 @@ def example_rows(config: Any) -> dict[str, Any]:
     }
 
 
-def measured(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, and the median of `repeats` further ones; `call` returns when the work is done."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return times[0], statistics.median(times[1:])
-
-
-def main_memory_gib() -> float:
-    """The most main memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 # -------------------------------------------------------------------- what runs in a process of its own
-
-
-def conditions(precision: str) -> dict[str, Any]:
-    """Where and with what a run was made, and its ceilings."""
-    import jax
-    import jax.numpy as jnp
-
-    from alice_jax import provenance, tasks
-
-    dtype = tasks.compute_dtype(precision)
-    side, length = (4096, 1 << 27) if jax.default_backend() == "cpu" else (16384, 1 << 31)
-    matrix, row = jnp.ones((side, side), dtype), jnp.ones((length,), jnp.float32)
-    product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
-    _, product_s = measured(lambda: product(matrix).block_until_ready(), repeats=5)
-    _, copy_s = measured(lambda: copy(row).block_until_ready(), repeats=5)
-    return {
-        "date": f"{datetime.date.today()}",
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "cores": os.cpu_count(),
-        "precision": jnp.dtype(dtype).name,
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "tera_flop_per_s": 2 * side**3 / product_s / 1e12,
-        "gigabytes_per_s": 2 * row.nbytes / copy_s / 1e9,
-    }
 
 
 def jax_row(case: Case) -> dict[str, Any]:
     """The project's own step: compiled and placed as `alice_jax.train` does it."""
     import jax
 
-    from alice_jax import host, sharding, tasks, train_state
+    from alice_jax import sharding, tasks, train_state
 
-    host.keep_memory()
     config = case.config()
     objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     rows, mesh, key = example_rows(config), sharding.make_mesh(), jax.random.key(0)
@@ -157,7 +112,7 @@ def jax_row(case: Case) -> dict[str, Any]:
 
     first_s, step_s = measured(step, case.repeats)
     held = jax.devices()[0].memory_stats() or {}
-    peak = held["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in held else main_memory_gib()
+    peak = held["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in held else measuring.main_memory_gib()
 
     # ---- Its parts
     part_of, finish = train_state.make_partial_steps(objective, key, parts)
@@ -214,7 +169,7 @@ def torch_row(case: Case) -> dict[str, Any]:
         return run
 
     first_s, step_s = measured(waiting(lambda: train_step(volumes, hidden, parts)), case.repeats)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else main_memory_gib()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else measuring.main_memory_gib()
     _, forward_s = measured(waiting(forward), case.repeats)
     return {
         "compile_s": first_s - step_s,
@@ -230,19 +185,6 @@ def row(case: Case) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------- all rows
-
-
-def alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What `call` returns in a fresh process; {"failed": why} where that runs out of memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(call, *args).result()
-        except BrokenProcessPool:
-            return {"failed": "killed, out of memory"}
-        except RuntimeError as error:
-            if "memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return {"failed": "out of memory"}
 
 
 def judged(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> None:
@@ -264,7 +206,7 @@ def table(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> str:
     """The rows as text; what was not measured is "–"."""
     titles = "".join(f"{title:>11}" for title in COLUMNS.values())
     lines = [
-        f"{ceilings['device']}, {ceilings['cores']} cores, {ceilings['precision']}: "
+        f"{ceilings['device']}, {os.cpu_count()} cores, {ceilings['precision']}: "
         f"{ceilings['tera_flop_per_s']:.3g} TFLOP/s, {ceilings['gigabytes_per_s']:.3g} GB/s",
         f"{'mode':8} {'pairs':>5} {'at once':>7} {'program':14}{titles}",
     ]
@@ -290,8 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     args = parser.parse_args(argv)
     cli.check_folder_of("--json", args.json)
-    ceilings = alone(conditions, args.precision)
-    rows = []
+    if args.compile and not args.twin:
+        raise UserError("--compile: compiles the twin; add --twin")
+    ceilings = measuring.alone(measuring.ceilings, args.precision)
+    rows: list[dict[str, Any]] = []
     for mode in args.modes:
         programs = ["jax"]
         if args.twin and mode == "release":
@@ -301,11 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{mode} mode, {pairs} pair(s), {program} …", file=sys.stderr, flush=True)
                 settings = (args.crop, args.width, args.precision, args.microbatch, args.repeats, tuple(args.remat))
                 case = Case(program, mode, pairs, *settings)
-                rows.append(dataclasses.asdict(case) | alone(row, case))
-    judged(rows, ceilings)
+                rows.append(dataclasses.asdict(case) | measuring.alone(row, case))
+                judged(rows, ceilings)
+                measuring.save(args.json, {"ceilings": ceilings, "rows": rows})  # what is done stays done
     print(table(rows, ceilings))
-    if args.json:
-        Path(args.json).write_text(json.dumps({"conditions": ceilings, "rows": rows}, indent=1) + "\n")
     return 0
 
 
