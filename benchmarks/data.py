@@ -364,9 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pairs-per-second",
         type=float,
-        default=100.0,
+        default=230.0,
         metavar="N",
-        help="that the accelerator to feed takes: an assumption, not measured here (default: 100)",
+        help="of the accelerator to feed (default: 230, the most that an H200 may reach; docs/planning.md)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer scans, crops, pairs and steps")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")

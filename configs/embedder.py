@@ -11,7 +11,7 @@ stretches. `:across` continues `:small` on pairs of patients, whose matches it t
     python -m alice_jax.train --config=configs/embedder.py:across --config.data.store=DIR \
         --config.init_from=runs/embedder --workdir=runs/embedder-across
 
-What each reaches stands in docs/embedder.md.
+What each reaches stands in docs/measured.md.
 
 With no `data.store` the built-in cohort is used. `init_from` names what to start from: the workdir of another run, a
 SAM checkpoint, or torchvision's ResNet-18 trained on ImageNet, whose kernels are then inflated to 3-D as published (the
