@@ -81,7 +81,7 @@ def save(file: str | None, numbers: Mapping[str, Any]) -> None:
     where = {
         "date": f"{datetime.date.today()}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": provenance.versions(),
+        "versions": provenance.versions((*provenance.PACKAGES, "torch")),
         "commit": provenance.commit(),
     }
     Path(file).write_text(json.dumps({"conditions": where, **numbers}, indent=1) + "\n", encoding="utf-8")
