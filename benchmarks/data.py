@@ -376,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scans, crops, rounds, pairs, steps = (2, 10, 2, 20, 3) if args.quick else (8, 25, 5, 100, 10)
     tasks.make(recipe(""), store)  # says at once where embeddings are missing
     ids = store.ids()[:: max(len(store.ids()) // scans, 1)][:scans]
-    results: dict[str, Any] = {"store": store.path, "scans": len(store.ids())}
+    results: dict[str, Any] = {"store": args.store or "the built-in cohort", "scans": len(store.ids())}
 
     measured = crop_speed(store, ids, crops, rounds, args.original)
     print(crop_table(measured["rows"]))

@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store.open(args.store or builtin.store_path())
     if len(store.ids()) < 2:
         raise UserError(f"--store {store.path}: holds {len(store.ids())} scans and matching needs two")
-    results: dict[str, Any] = {"store": store.path, "scans": len(store.ids())}
+    results: dict[str, Any] = {"store": args.store or "the built-in cohort", "scans": len(store.ids())}
     results["matching"] = matching_speed(store, args.matched, np.random.default_rng(0))
     results["mining, embeddings met before"] = mining_speed(store, args.pairs, fresh=False)
     results["mining, embeddings never met before"] = mining_speed(store, args.pairs, fresh=True)
