@@ -41,7 +41,7 @@ def test_one_column_names_classes(read):
 
 
 def test_several_columns_are_labels_each_for_itself(read):
-    labels = read("scan,lesion,split,stent case0,1,train,0 case1,0,test,1 case2,1,train,1 case3,0,train,0")
+    labels = read("scan,lesion,split,stent case0,1,train,0 case4,0,test,1 case2,1,train,1 case3,0,train,0")
     assert labels.multi and labels.names == ("lesion", "stent")
     assert labels.targets.tolist() == [[1, 0], [0, 1], [1, 1], [0, 0]]
     assert labels.of_split("train") == ("case0", "case2", "case3") and labels.of_split("validation") == ()
@@ -69,6 +69,10 @@ def test_one_of_several_columns_may_be_chosen(read):
         ("scan,x,y case0,1,0 case1,1,0 case2,0,1 case3,0,0", "a single scan has y"),
         ("scan,x,y case0,1,0 case1,1,1 case2,1,1 case3,1,0", "no scan lacks x"),
         ("scan,x,split case0,1,train case1,0,hold", "line 3: split 'hold'; write train, validation, test"),
+        (
+            "scan,x,split case2,1,train case0,1,train case3,0,train case1,0,test",
+            r"scans case0 \(train\) and case1 \(test\) are of one patient, case1; give all .* the same split",
+        ),
     ],
 )
 def test_mistakes_are_one_line(read, rows, message):

@@ -87,6 +87,7 @@ def read(path: str, store: Store, columns: Sequence[str] = ()) -> ClassLabels:
         names = tuple(sorted(set(values[labels[0]])))
         targets = np.array([names.index(value) for value in values[labels[0]]], np.int32)
     read = ClassLabels(scans, names, targets, splits, tuple(scan.patient for scan in store.scans(scans)))
+    _check_patients(path, read)
     _check_counts(path, labels, read)
     return read
 
@@ -153,6 +154,18 @@ def _binary(path: str, name: str, values: list[str]) -> np.ndarray:
                 "(data.label_columns, --columns)"
             )
     return np.array(values).astype(np.float32)
+
+
+def _check_patients(path: str, labels: ClassLabels) -> None:
+    """What was learnt of a patient would show on another scan of theirs."""
+    first: dict[str, tuple[str, str]] = {}
+    for patient, scan, split in zip(labels.patients, labels.scans, labels.splits, strict=bool(labels.splits)):
+        other, there = first.setdefault(patient, (scan, split))
+        if there != split:
+            raise UserError(
+                f"{path}: scans {other} ({there}) and {scan} ({split}) are of one patient, {patient}; "
+                f"give all scans of a patient the same {SPLIT}"
+            )
 
 
 def _check_counts(path: str, columns: list[str], labels: ClassLabels) -> None:
