@@ -1,6 +1,7 @@
 """Classification: samples, scores and intervals, a run that learns, and what evaluate says of its backbone."""
 
 import csv
+import dataclasses
 import functools
 import json
 
@@ -218,7 +219,8 @@ def test_evaluate_measures_features_and_the_head_of_a_run(finetuned, store, tmp_
 def labels_of(store, names=("0", "1"), ids=None):
     """As from a CSV without "train": scans to judge alone."""
     ids = tuple(store.ids()) if ids is None else ids
-    return class_labels.ClassLabels(ids, names, np.arange(len(ids)) % 2, ("test",) * len(ids), ids)
+    patients = tuple(scan.patient for scan in store.scans(ids))
+    return class_labels.ClassLabels(ids, names, np.arange(len(ids)) % 2, ("test",) * len(ids), patients)
 
 
 def test_the_head_is_judged_on_all_that_the_run_has_not_trained_on(finetuned, store, tmp_path):
@@ -228,10 +230,21 @@ def test_the_head_is_judged_on_all_that_the_run_has_not_trained_on(finetuned, st
     assert few != classification.of_head(finetuned, store, labels_of(store), features, draws=50)
     trained = tuple(checkpoint.restore_arrays(finetuned, parts=("params", "host"))[1]["host"]["coverage"]["counts"])
     assert classification.of_head(finetuned, store, labels_of(store, ids=trained), features[:9], draws=2) == {}
-    other = noise_store(str(tmp_path), scans=0)
-    for id in trained[:4]:  # names that the run's store has too
-        add_volume(other, id, np.zeros((16, 16, 16)))
-    assert list(classification.of_head(finetuned, other, labels_of(other), features[:4], 2)) == ["its head, 4 unseen"]
+
+
+def test_the_head_is_judged_on_no_patient_of_the_training_in_any_store_nor_beside_the_split(finetuned, store, tmp_path):
+    trained = tuple(checkpoint.restore_arrays(finetuned, parts=("params", "host"))[1]["host"]["coverage"]["counts"])
+    copy = noise_store(str(tmp_path), scans=0)  # of a part of the run's store, with three scans more
+    for id in (*trained[:4], "again", "new0", "new1"):
+        add_volume(copy, id, np.zeros((16, 16, 16)))
+    copy.update_scan(dataclasses.replace(copy.scan("again"), patient=trained[0]))
+    features = np.random.default_rng(0).normal(size=(12, 16))
+    assert list(classification.of_head(finetuned, copy, labels_of(copy), features[:7], 2)) == ["its head, 2 unseen"]
+    splits = tuple("train" if id in trained else "test" for id in store.ids())
+    first = splits.index("test")
+    splits = (*splits[:first], "validation", *splits[first + 1 :])
+    labels = dataclasses.replace(labels_of(store), splits=splits)
+    assert list(classification.of_head(finetuned, store, labels, features, 2)) == ["its head, 2 unseen"]
 
 
 def test_a_head_for_other_classes_is_refused(finetuned, store):

@@ -3,7 +3,7 @@
     python -m alice_jax.evaluate --task classification --workdir RUN [--store STORE] [--labels CSV] [--columns NAME ...]
 
 RUN is a run of pretraining, whose backbone is looked at as it is, or one of configs/classify.py, whose own head is
-judged too, on the scans that it has not seen. A scan's feature is the mean token over crops that cover its body; on it
+judged too, on patients that it has not seen. A scan's feature is the mean token over crops that cover its body; on it
 k-NN and a linear probe are fitted, on "train" of the CSV's split or in repeated cross-validation, patients together.
 AUROC, balanced accuracy and F1 come with 95 % intervals, from a bootstrap over patients.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alice_jax import builtin, checkpoint, cli, host, tasks
-from alice_jax.data import class_labels, files
+from alice_jax.data import class_labels
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -25,24 +25,27 @@ from alice_jax.tasks.task import listed
 Intervals = dict[str, tuple[float, float, float]]
 
 
+def judged_rows(labels: ClassLabels) -> np.ndarray:
+    """Of the file's "test", or "validation" if there is no test; all of a file that has no "train"."""
+    if "train" not in labels.splits:
+        return np.arange(len(labels.scans))
+    rows = labels.rows(labels.of_split("test") or labels.of_split("validation"))
+    if not len(rows):
+        raise UserError("--labels: its column split has no 'test'; give some scans to it, or no column")
+    return rows
+
+
 def of_features(
     features: np.ndarray, labels: ClassLabels, folds: int, repeats: int, draws: int
 ) -> dict[str, Intervals]:
     """{classifier: measures} on features (n, c) of all labelled scans.
 
-    Fitted on the file's "train" and judged on its "test", or "validation" if there is no test; cross-validated where it
-    has no "train".
+    Fitted on the file's "train" and judged on `judged_rows`; cross-validated where it has no "train".
     """
-    classes = len(labels.names)
-    judged, by_split = np.arange(len(labels.scans)), "train" in labels.splits
-    if by_split:
-        test = "test" if "test" in labels.splits else "validation"
-        fitted, judged = labels.rows(labels.of_split("train")), labels.rows(labels.of_split(test))
-        if not len(judged):
-            raise UserError("--labels: its column split has no 'test'; give some scans to it, or no column")
+    classes, judged, fitted = len(labels.names), judged_rows(labels), labels.rows(labels.of_split("train"))
     patients, found = [labels.patients[row] for row in judged], {}
     for kind in class_scores.CLASSIFIERS:
-        if by_split:
+        if len(fitted):
             scores = [class_scores.scores_of(kind, features[fitted], labels.targets[fitted], features[judged], classes)]
         else:
             scores = class_scores.cross_validated(kind, features, labels.targets, patients, classes, folds, repeats)
@@ -51,11 +54,11 @@ def of_features(
 
 
 def of_head(workdir: str, store: Store, labels: ClassLabels, features: np.ndarray, draws: int) -> dict[str, Intervals]:
-    """What a run of configs/classify.py says itself of the scans that it has not trained on; {} where there are none.
+    """What a run of configs/classify.py says itself of `judged_rows`, but for the patients that it has trained on.
 
-    Another store, one that lacks scans of the training, holds none of them whatever its ids.
+    {} where nobody is left. Scans of the training are known by their ids, in whatever store.
     """
-    config, state = checkpoint.restore_arrays(workdir, parts=("params", "host"))
+    _, state = checkpoint.restore_arrays(workdir, parts=("params", "host"))
     names = tuple(state["host"]["contract"]["classes"])
     if names != labels.names:
         raise UserError(
@@ -63,9 +66,8 @@ def of_head(workdir: str, store: Store, labels: ClassLabels, features: np.ndarra
             "of these classes, in this order"
         )
     trained = set(state["host"]["coverage"]["counts"])
-    if files.normalised(config["data"]["store"]) != store.path and not trained <= set(store.ids()):
-        trained = set()
-    rows = [row for row, scan in enumerate(labels.scans) if scan not in trained]
+    seen = {scan.patient for scan in store.scans(sorted(trained & set(store.ids())))}
+    rows = [row for row in judged_rows(labels) if labels.patients[row] not in seen]
     if not rows:
         return {}
     head = state["params"]["head"]
@@ -106,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(labels.scans)} scans ({counts}); {args.which} backbone of {args.workdir}; {how}")
     found = of_features(features, labels, args.folds, args.repeats, args.draws)
     if own_head:
-        found |= of_head(args.workdir, store, labels, features, args.draws)
+        found |= (head := of_head(args.workdir, store, labels, features, args.draws))
+        if not head:
+            cli.say("its head is not judged: the run has trained on all patients of whom it would be")
     print(table(found))
     if args.json:
         cli.write_numbers(args.json, found)
