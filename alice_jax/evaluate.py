@@ -295,9 +295,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of points")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
-    for name in ("pairs", "points"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give a whole number of 1 or more")
+    for name, least in (("pairs", 1), ("points", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: give a whole number of {least} or more")
     cli.check_folder_of("--json", args.json)
     return args
 

@@ -84,6 +84,8 @@ def write_report(
       UserError: there is nothing to show, or it cannot be written.
     """
     path = Path(path)
+    if (seed or 0) < 0:
+        raise UserError(f"--seed {seed}: give a whole number of 0 or more")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--out {path}: name a file in an existing folder")
     if not 1 <= pairs <= MOST_PAIRS:

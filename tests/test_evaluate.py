@@ -112,6 +112,7 @@ def test_only_judges_the_scans_named(cohort):
     [
         (["--points", "0"], "--points 0: give a whole number of 1 or more"),
         (["--pairs", "0"], "--pairs 0: give"),
+        (["--seed", "-1"], "--seed -1: give a whole number of 0 or more"),
         (["--truth", "/nowhere"], "--truth /nowhere: there is no such folder"),
         (["--label-names", "/nowhere"], "/nowhere: cannot be read"),
         (["--json", "/nowhere/a.json"], "--json /nowhere/a.json: its folder does not exist"),

@@ -213,3 +213,15 @@ def test_mistakes_are_one_line(folders, change, message):
         assert run(folders, "--only", "a", "c") == 0
     if change is other_classes:
         assert run({name: folders[name] for name in ("--truth", "--predictions")}, "--names", "spleen") == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--seed", "-1"), "--seed -1: give a whole number of 0 or more"),
+        (("--tolerance", "-1"), "--tolerance -1.0: give millimetres, 0 or more"),
+    ],
+)
+def test_flags_out_of_range_are_named(folders, change, message):
+    with pytest.raises(UserError, match=message):
+        run(folders, *change)

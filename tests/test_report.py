@@ -157,6 +157,7 @@ def test_a_png_holds_the_pairs_alone_and_only_named_scans_are_paired(store, tmp_
         (["--store", "{store}", "--only", "case0", "caseX"], "caseX: not in the store"),
         (["--store", "{store}", "--only", "case0"], "two scans"),
         (["--store", "{store}", "--pairs", "0"], "from 1 to"),
+        (["--store", "{store}", "--seed", "-1"], "--seed -1: give a whole number of 0 or more"),
         (["--store", "{store}", "--pairs", "many"], "--help"),
         (["--store", "{store}", "--out", "{folder}"], "name a file"),
         (["--workdir", "{folder}"], "holds no run"),

@@ -362,6 +362,7 @@ MISTAKES = {
     "held-out scan": ({"data.train_scans": "case1, case0"}, "case0: .*held out"),
     "too many shots": ({"data.shots": 5}, "there are 4 labelled scans"),
     "shots and fraction": ({"data.shots": 1, "data.fraction": 0.5}, "one of the two"),
+    "subset seed": ({"data.subset_seed": -1}, "data.subset_seed -1: give a whole number of 0 or more"),
     "fraction": ({"data.fraction": 0.0}, "above 0"),
     "augmentation": ({"augmentation.noise": (2.0, 0.1)}, "augmentation.noise"),
     "no zoom": ({"augmentation.zoom": (0.2, 0.0, 1.0)}, "augmentation.zoom .* above 0"),

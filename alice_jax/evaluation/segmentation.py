@@ -198,4 +198,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.tolerance >= 0:
         raise UserError(f"--tolerance {args.tolerance}: give millimetres, 0 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give a whole number of 0 or more")
     return args

@@ -87,6 +87,8 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
         raise UserError(f"data.shots {data.shots}, data.fraction {data.fraction}: give one of the two")
     if not 0 <= data.shots <= len(scans):
         raise UserError(f"data.shots {data.shots}: there are {len(scans)} labelled scans to train on")
+    if data.subset_seed < 0:
+        raise UserError(f"data.subset_seed {data.subset_seed}: give a whole number of 0 or more")
     count = data.shots or max(1, round(data.fraction * len(scans)))
     chosen = np.random.default_rng(data.subset_seed).permutation(len(scans))[:count]
     return tuple(scans[i] for i in sorted(chosen))
