@@ -186,6 +186,10 @@ def empty(folders):
         file.unlink()
 
 
+def two_of_a_case(folders):
+    write(folders["--truth"], "b_0000", np.zeros(SHAPE), ending=".nii")
+
+
 def no_labels(folders):
     write(folders["--predictions"], "b", np.zeros(SHAPE))
     image = nib.Nifti1Image(np.full(SHAPE, 0.5, np.float32), AFFINE)
@@ -201,6 +205,7 @@ def no_labels(folders):
         (unknown_label, "b.nii.gz: has the label 7, which has no name"),
         (other_classes, "the predictions have no class 'liver', but kidney, spleen; choose what to judge by --names"),
         (empty, "labelsTr: is no folder of label files"),
+        (two_of_a_case, "labelsTr/b.nii.gz and .*labelsTr/b_0000.nii: are both of case b; keep one of them"),
         (no_labels, "b.nii.gz: labels: it is no label map"),
     ],
 )

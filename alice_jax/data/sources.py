@@ -73,12 +73,20 @@ def find(path: str | os.PathLike, skip: str = "") -> Found:
 def files_below(folder: str | os.PathLike) -> dict[str, str]:
     """The files with a scan's ending below a folder by the ids that they propose, whatever a dataset.json there lists.
 
+    A `UserError` where two propose the same.
+
     >>> files_below("no/such/folder")
     {}
     """
     root = Path(folder)
-    files = [path for path in sorted(root.rglob("[!.]*")) if _ending(path.name) and path.is_file()]
-    return {_source(path, root, "", channel_suffix=True).id: str(path) for path in files}
+    files: dict[str, str] = {}
+    for path in sorted(root.rglob("[!.]*")):
+        if _ending(path.name) and path.is_file():
+            id = _source(path, root, "", channel_suffix=True).id
+            if id in files:
+                raise UserError(f"{files[id]} and {path}: are both of case {id}; keep one of them")
+            files[id] = str(path)
+    return files
 
 
 def assign_ids(sources: Iterable[Source], known: Mapping[str, str]) -> list[Source]:
