@@ -152,6 +152,8 @@ def test_an_affine_that_differs_by_rounding_fits(tmp_path):
         ({"background": 0}, "names no label"),
         (None, "names of labels must be"),
         ({"bone": "one"}, "names of labels must be"),
+        ({"1": "bone", "2": "fat", "3": "bone"}, "label 1 is 'bone' and 3 is 'bone'; give each its own name"),
+        ({"background": 0, "bone": 1, "fat": 1}, "label 1 is 'bone' and 1 is 'fat'; give each its own name"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, labels, said):

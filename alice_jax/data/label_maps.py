@@ -5,6 +5,7 @@ array `labels` of a store (docs/prepare.md).
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -168,14 +169,22 @@ def names_of(raw_path: str | os.PathLike) -> dict[int, str]:
 def read_names(table: Any, what: str) -> dict[int, str]:
     """{"1": "spleen"}, or {"spleen": 1} as nnU-Net writes it; what is called background is no organ.
 
+    Each number has one name and each name one number, or it is a `UserError`.
+
     >>> read_names({"background": 0, "spleen": 1}, "dataset.json")
     {1: 'spleen'}
     """
     if not isinstance(table, dict):
         raise UserError(f'{what}: the names of labels must be {{"1": "spleen", …}}')
     try:
-        if all(isinstance(value, int) for value in table.values()):
-            table = {code: name for name, code in table.items()}
-        return {int(code): str(name) for code, name in table.items() if int(code) > 0}
+        by_name = all(isinstance(value, int) for value in table.values())
+        pairs = [(code, name) for name, code in table.items()] if by_name else table.items()
+        labels = [(int(code), str(name)) for code, name in pairs if int(code) > 0]
     except ValueError as error:
         raise UserError(f'{what}: the names of labels must be {{"1": "spleen", …}} ({error})') from error
+    for (code, name), (other, same) in itertools.combinations(labels, 2):
+        if code == other or name == same:
+            raise UserError(
+                f"{what}: label {code} is {name!r} and {other} is {same!r}; give each its own name and number"
+            )
+    return dict(labels)
