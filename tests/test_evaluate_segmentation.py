@@ -173,6 +173,12 @@ def other_affine(folders):
     write(folders["--predictions"], "b", np.zeros(SHAPE), moved)
 
 
+def other_spacing(folders):
+    """9 µm a voxel."""
+    for flag, spacing in (("--predictions", 1.009), ("--truth", 1.0)):
+        write(folders[flag], "b", np.zeros((101, 4, 4)), np.diag([spacing, 1, 1, 1]))
+
+
 def unknown_label(folders):
     write(folders["--predictions"], "b", 7 * box((2, 2, 2), (5, 5, 5)))
 
@@ -201,7 +207,8 @@ def no_labels(folders):
     [
         (missing, "--predictions: has no file for case b; add it, or name the cases to judge by --only"),
         (other_shape, r"b.nii.gz and .*b.nii.gz: have \(12, 14, 15\) and \(12, 14, 16\) voxels"),
-        (other_affine, "b.nii.gz and .*b.nii.gz: lie 4 mm apart in the world"),
+        (other_affine, "b.nii.gz and .*b.nii.gz: have a corner 4.0 voxels apart; predict"),
+        (other_spacing, "b.nii.gz and .*b.nii.gz: have a corner 0.9 voxels apart; predict"),
         (unknown_label, "b.nii.gz: has the label 7, which has no name"),
         (other_classes, "the predictions have no class 'liver', but kidney, spleen; choose what to judge by --names"),
         (empty, "labelsTr: is no folder of label files"),

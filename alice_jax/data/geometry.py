@@ -14,6 +14,7 @@ from scipy import ndimage
 
 RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
 ALIGNED_DEGREES = 1.0  # file axes nearer to the world's than this are taken as they are; points still map exactly
+LARGEST_SHIFT = 0.5  # `corner_shift` of what still counts as voxel on voxel
 
 
 def stored_affine(origin_xyz_lps_mm, direction, spacing_zyx_mm) -> np.ndarray:
@@ -49,6 +50,12 @@ def original_to_world(points_ijk, affine_ras) -> np.ndarray:
     """The inverse of `world_to_original`."""
     affine_lps = RAS_FROM_LPS @ np.asarray(affine_ras, float)
     return np.asarray(points_ijk, float) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
+
+
+def corner_shift(shape_ijk, affine_ras, other_ras) -> float:
+    """How many voxels apart two affines put a corner of a volume, at most, along an axis of `other_ras`."""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape_ijk))))
+    return float(np.abs(world_to_original(original_to_world(corners, affine_ras), other_ras) - corners).max())
 
 
 def rotation(angles: np.ndarray) -> np.ndarray:

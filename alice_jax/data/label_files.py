@@ -1,7 +1,6 @@
 """The label files of a data set -> an array `labels` beside the volume in the store, and what its numbers mean."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from alice_jax.data.scan import Scan
 from alice_jax.data.sources import Found, LabelFile, Source
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
-
-LARGEST_SHIFT = 0.5  # of a corner of the labels against the image's, in voxels of the file
-
 
 # -------------------------------------------------------------------- what the numbers mean
 
@@ -103,10 +99,8 @@ def _check_place(name: str, shape_ijk: tuple[int, ...], affine_ras: np.ndarray, 
     wanted = tuple(scan.original["shape_ijk"])
     if shape_ijk != wanted:
         raise Rejected("labels", f"{name} has shape {shape_ijk}, the image {wanted}")
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in wanted))))
-    places = geometry.original_to_world(corners, affine_ras)
-    shift = np.abs(geometry.world_to_original(places, scan.original["affine_ras"]) - corners).max()
-    if shift > LARGEST_SHIFT:
+    shift = geometry.corner_shift(wanted, affine_ras, scan.original["affine_ras"])
+    if shift > geometry.LARGEST_SHIFT:
         raise Rejected("labels", f"{name} lies elsewhere: its affine puts a corner {shift:.1f} voxels off the image's")
 
 

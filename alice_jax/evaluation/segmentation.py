@@ -26,7 +26,6 @@ from alice_jax.evaluation.averages import Row
 from alice_jax.evaluation.surfaces import score
 
 NAMES = ("labels.json", "dataset.json")
-SAME_MM = 1e-2  # of the affines' entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +96,8 @@ def compare(truth: Labels, predicted: Labels, case: str, judged: Sequence[str], 
         raise UserError(
             f"{files}: have {codes.shape} and {true_codes.shape} voxels; predict on the file that was labelled"
         )
-    if (apart := np.abs(affine_ras - other_affine).max()) > SAME_MM:
-        raise UserError(f"{files}: lie {apart:.3g} mm apart in the world; predict on the file that was labelled")
+    if (shift := geometry.corner_shift(codes.shape, other_affine, affine_ras)) > geometry.LARGEST_SHIFT:
+        raise UserError(f"{files}: have a corner {shift:.1f} voxels apart; predict on the file that was labelled")
     if judged:
         pairs = [(name, _number(truth, name), _number(predicted, name)) for name in judged]
     else:
