@@ -373,6 +373,12 @@ MISTAKES = {
     ),
     "flips": ({"augmentation.flip_axes": (3,)}, "flip_axes"),
     "rate": ({"optimizer.layer_decay": 2.0}, "layer_decay"),
+    "no loss": ({"loss.dice": 0.0, "loss.cross_entropy": 0.0}, "loss .*'dice': 0.0.* one of them above 0"),
+    "negative loss": ({"loss.dice": -1.0}, "loss .*'dice': -1.0.* must be 0 or more"),
+    "negative rate": ({"optimizer.lr": -1.0}, "optimizer.lr -1.0: give a number above 0"),
+    "negative decay": ({"optimizer.weight_decay": -1.0}, "optimizer.weight_decay -1.0: give a number of 0 or more"),
+    "clipped to nothing": ({"optimizer.clip": 0.0}, "optimizer.clip 0.0: give a number above 0"),
+    "negative samples": ({"data.validation_samples": -3}, "data.validation_samples -3: give a whole number"),
     "freeze": ({"optimizer.freeze": "long"}, "optimizer.freeze"),
 }
 

@@ -201,6 +201,10 @@ def test_a_run_from_before_meshes_had_settings_goes_on(tmp_path):
         ({"views.crop_shape_zyx": (16, 16, 15)}, "views.crop_shape_zyx"),
         ({"loss.invariance": -1.0}, "loss"),
         ({"method.mode": "both"}, "method.mode 'both'"),
+        (
+            {"optimizer.weight_decay": (0.04, -0.4)},
+            r"optimizer.weight_decay \(0.04, -0.4\): give a number of 0 or more",
+        ),
         ({"optimizer.warmup": "soon"}, "optimizer.warmup 'soon'"),
         ({"data.validation_fraction": 1.0}, "data.validation_fraction 1.0"),
     ],

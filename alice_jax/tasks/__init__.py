@@ -12,7 +12,7 @@ from alice_jax import collapse
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.tasks import backbones, classify, embedder, pretrain, segment
-from alice_jax.tasks.task import Task, compute_dtype, split
+from alice_jax.tasks.task import Task, check_recipe, compute_dtype, split
 
 __all__ = [
     "Task",
@@ -39,6 +39,7 @@ def make(config: ConfigDict, store: Store) -> Task:
     """The task that `config.objective` names."""
     if config.objective not in TASKS:
         raise UserError(f"objective {config.objective!r}: choose one of {', '.join(TASKS)}")
+    check_recipe(config)
     return TASKS[config.objective](config, store)
 
 

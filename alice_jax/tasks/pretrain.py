@@ -18,7 +18,7 @@ from alice_jax.data.views import WEAK, WINDOW_HU, PairSampler
 from alice_jax.errors import UserError
 from alice_jax.objectives import Objective, alice
 from alice_jax.tasks import backbones
-from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, split
+from alice_jax.tasks.task import Task, check_weights, checked_crop, compute_dtype, contract_of, epoch_of, split
 
 
 def networks(config: ConfigDict) -> alice.Alice:
@@ -119,8 +119,7 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int
     ratio = config.views.mask_ratio
     if isinstance(ratio, bool) or not 0 < ratio < 1:
         raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")
-    if not any(config.loss.values()) or any(weight < 0 for weight in config.loss.values()):
-        raise UserError(f"loss {dict(config.loss)}: the weights must be 0 or more, one of them above 0")
+    check_weights(config.loss)
     grid = triple(np.array(crop) // stride)
     if math.prod(grid) - math.ceil(ratio * math.prod(grid)) < 1:
         raise UserError(f"views.mask_ratio {ratio}: hides all {math.prod(grid)} cells of the crop {crop}")

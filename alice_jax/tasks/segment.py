@@ -23,7 +23,17 @@ from alice_jax.interop.names import leaves
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import segmentation
 from alice_jax.tasks import backbones
-from alice_jax.tasks.task import Task, checked_crop, compute_dtype, contract_of, epoch_of, learning_rate, listed, split
+from alice_jax.tasks.task import (
+    Task,
+    check_weights,
+    checked_crop,
+    compute_dtype,
+    contract_of,
+    epoch_of,
+    learning_rate,
+    listed,
+    split,
+)
 
 PARTS = ("all", "encoder")
 Shapes = dict[str, tuple[int, ...]]
@@ -174,6 +184,7 @@ def group_rules(taken: Collection[str], held: bool) -> optimizer.Rules:
 def check(config: ConfigDict) -> None:
     """Refuses settings that the network or the sampler could not work with."""
     checked_crop(config.views.crop_shape_zyx, network_of(config, 2).token_stride_zyx)
+    check_weights({name: config.loss[name] for name in ("dice", "cross_entropy")})
     low, high = config.views.window_hu
     if not low < high:
         raise UserError(f"views.window_hu {tuple(config.views.window_hu)}: give the lowest and the highest HU")

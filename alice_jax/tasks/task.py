@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from alice_jax import schedules
@@ -92,6 +93,23 @@ def checked_crop(crop_shape_zyx: Sequence[int], stride_zyx: Sequence[int]) -> tu
     if len(crop) != 3 or any(size <= 0 or size % step for size, step in zip(crop, stride_zyx, strict=True)):
         raise UserError(f"views.crop_shape_zyx {crop}: give three multiples of {tuple(stride_zyx)}")
     return crop
+
+
+def check_weights(loss: Mapping[str, float]) -> None:
+    """Refuses a loss that no weight, or one below 0, would make meaningless."""
+    if not any(loss.values()) or not all(weight >= 0 for weight in loss.values()):
+        raise UserError(f"loss {dict(loss)}: the weights must be 0 or more, one of them above 0")
+
+
+def check_recipe(config: ConfigDict) -> None:
+    """Refuses numbers of the optimizer and of the held-out samples with which no task could be learnt or judged."""
+    recipe, unclipped = config.optimizer, config.objective == "embedder"
+    for name, zero in (("lr", False), ("min_lr", True), ("weight_decay", True), ("clip", unclipped)):
+        least = np.min(recipe[name])  # the decay of pretraining goes from one number to another
+        if not (least >= 0 if zero else least > 0):
+            raise UserError(f"optimizer.{name} {recipe[name]}: give a number {'of 0 or more' if zero else 'above 0'}")
+    if config.data.validation_samples < 0:
+        raise UserError(f"data.validation_samples {config.data.validation_samples}: give a whole number of 0 or more")
 
 
 def epoch_of(scans: Sequence[str], config: ConfigDict) -> int:
