@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -119,11 +120,13 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits: its return value, 1 after a `UserError`, 130 after Ctrl-C."""
     try:
         code = main()
+    except Stalled as error:
+        complain(error)
+        os._exit(1)
     except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # closes progress bars, so that the error has a line of its own
         complain(error)
         code = 1
-        if isinstance(error, Stalled):
-            os._exit(code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 128 + signal.SIGINT

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -237,3 +239,13 @@ def test_mistakes_are_one_line(folders, change, message):
 def test_flags_out_of_range_are_named(folders, change, message):
     with pytest.raises(UserError, match=message):
         run(folders, *change)
+
+
+def test_an_error_amid_the_cases_has_the_last_line_for_itself(folders):
+    other_shape(folders)
+    command = [sys.executable, "-m", "alice_jax.evaluate", "--task", "segmentation"]
+    command += [str(word) for pair in folders.items() for word in pair]
+    done = subprocess.run(command, capture_output=True)
+    *bar, error, end = done.stderr.split(b"\n")
+    assert done.returncode == 1 and bar and b" 1/3 " in bar[-1]
+    assert error.startswith(b"error: ") and b"\r" not in error and not end
