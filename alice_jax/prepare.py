@@ -259,7 +259,8 @@ def _print_report(
         + f"\nstore {store.path}: {len(store.ids())} scans, {seconds:.0f} s{each}"
     )
     if not prepared:
-        print("error: nothing was prepared; see the reasons above", file=sys.stderr)
+        reason = "see the reasons above" if quarantined else "no scan was found in --input"
+        print(f"error: nothing was prepared; {reason}", file=sys.stderr)
 
 
 def _printable(line: str) -> str:

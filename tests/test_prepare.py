@@ -157,11 +157,13 @@ def test_tasks_share_the_files_and_the_whole_command_drops_what_two_have(tmp_pat
     assert run("--input", tmp_path / "in", "--store", tmp_path / "store", "--task-index", 8, "--task-count", 9) == 0
 
 
-def test_exit_codes(tmp_path):
+def test_exit_codes(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    assert report_of(tmp_path, tmp_path / "in")[0] == 1  # nothing there
+    assert report_of(tmp_path, tmp_path / "in")[0] == 1
+    assert "nothing was prepared; no scan was found in --input" in capsys.readouterr().err
     (tmp_path / "in" / "a.nii.gz").write_bytes(b"")
     assert report_of(tmp_path, tmp_path / "in")[0] == 1
+    assert "nothing was prepared; see the reasons above" in capsys.readouterr().err
     write_nifti(tmp_path / "in" / "b.nii.gz", ct_like())
     assert report_of(tmp_path, tmp_path / "in")[0] == 0
     assert report_of(tmp_path, tmp_path / "in", "--strict")[0] == 1
