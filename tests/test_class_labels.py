@@ -81,6 +81,13 @@ def test_mistakes_are_one_line(read, rows, message):
     assert "\n" not in str(caught.value)
 
 
+def test_lines_are_counted_as_an_editor_does(store, tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("\nscan,phase\ncase0,a\n\n,\ncase9,a\n")
+    with pytest.raises(UserError, match="line 6: 'case9' is no scan of the store"):
+        class_labels.read(str(path), store)
+
+
 def test_a_missing_file_and_an_unknown_column(read, store):
     with pytest.raises(UserError, match=r"/nowhere\.csv: cannot be read"):
         class_labels.read("/nowhere.csv", store)

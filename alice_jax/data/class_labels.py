@@ -73,40 +73,45 @@ def read(path: str, store: Store, columns: Sequence[str] = ()) -> ClassLabels:
     Raises:
       UserError: what is missing, unknown or too few, in one line.
     """
-    rows = _rows(path)
-    labels = _columns(path, list(rows[0]), columns)
-    scans = _scans(path, [row[SCAN].strip() for row in rows], store)
+    header, rows = _rows(path)
+    labels = _columns(path, header, columns)
+    scans = _scans(path, {line: row[SCAN].strip() for line, row in rows.items()}, store)
     values = {name: _values(path, rows, name) for name in labels}
-    splits = tuple(_values(path, rows, SPLIT)) if SPLIT in rows[0] else ()
-    for line, split in enumerate(splits, 2):
+    splits = _values(path, rows, SPLIT) if SPLIT in header else {}
+    for line, split in splits.items():
         if split not in SPLITS:
             raise UserError(f"{path}, line {line}: {SPLIT} {split!r}; write {', '.join(SPLITS)}")
     if len(labels) > 1:
         names, targets = tuple(labels), np.stack([_binary(path, name, values[name]) for name in labels], axis=1)
     else:
-        names = tuple(sorted(set(values[labels[0]])))
-        targets = np.array([names.index(value) for value in values[labels[0]]], np.int32)
-    read = ClassLabels(scans, names, targets, splits, tuple(scan.patient for scan in store.scans(scans)))
+        of_scans = values[labels[0]].values()
+        names = tuple(sorted(set(of_scans)))
+        targets = np.array([names.index(value) for value in of_scans], np.int32)
+    patients = tuple(scan.patient for scan in store.scans(scans))
+    read = ClassLabels(scans, names, targets, tuple(splits.values()), patients)
     _check_patients(path, read)
     _check_counts(path, labels, read)
     return read
 
 
-def _rows(path: str) -> list[dict[str, str]]:
+def _rows(path: str) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """The names in the first row, and the rows below it by their lines; lines without a value are passed over."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a CSV with the columns {SCAN} and a label") from error
-    rows = [row for row in csv.reader(text.splitlines()) if any(map(str.strip, row))]
-    header = [name.strip() for name in rows[0]] if rows else []
-    if SCAN not in header or len(rows) < 2 or len(set(header)) < len(header):
+    reader = csv.reader(text.splitlines())
+    numbered = ((reader.line_num, row) for row in reader)
+    rows = {line: row for line, row in numbered if any(map(str.strip, row))}
+    header = [name.strip() for name in rows.pop(min(rows))] if rows else []
+    if SCAN not in header or not rows or len(set(header)) < len(header):
         raise UserError(
             f"{path}: give a first row of names, {SCAN} and the labels, each once, then a row for each scan"
         )
-    for line, row in enumerate(rows[1:], 2):
+    for line, row in rows.items():
         if len(row) != len(header):
             raise UserError(f"{path}, line {line}: has {len(row)} values and the first row has {len(header)} names")
-    return [dict(zip(header, row, strict=True)) for row in rows[1:]]
+    return header, {line: dict(zip(header, row, strict=True)) for line, row in rows.items()}
 
 
 def _columns(path: str, header: list[str], wanted: Sequence[str]) -> list[str]:
@@ -119,13 +124,14 @@ def _columns(path: str, header: list[str], wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(wanted)) or there
 
 
-def _scans(path: str, given: list[str], store: Store) -> tuple[str, ...]:
-    """The ids of scans that are given by id or by the path of their file."""
+def _scans(path: str, given: dict[int, str], store: Store) -> tuple[str, ...]:
+    """The ids of scans that are given, by their lines, by id or by the path of their file."""
     ids = store.ids()
-    by_name = {os.path.abspath(scan.file): scan.id for scan in store.scans(ids)} if set(given) - set(ids) else {}
+    unknown = set(given.values()) - set(ids)
+    by_name = {os.path.abspath(scan.file): scan.id for scan in store.scans(ids)} if unknown else {}
     by_name |= {id: id for id in ids}
     found: dict[str, int] = {}
-    for line, name in enumerate(given, 2):
+    for line, name in given.items():
         id = by_name.get(name) or by_name.get(os.path.abspath(name))
         if id is None:
             near = difflib.get_close_matches(name, ids, n=1, cutoff=0.5) or ids[:1]
@@ -139,21 +145,22 @@ def _scans(path: str, given: list[str], store: Store) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _values(path: str, rows: list[dict[str, str]], name: str) -> list[str]:
-    values = [row[name].strip() for row in rows]
-    if "" in values:
-        raise UserError(f"{path}, line {values.index('') + 2}: {name} is empty; fill it in or leave the row out")
+def _values(path: str, rows: dict[int, dict[str, str]], name: str) -> dict[int, str]:
+    values = {line: row[name].strip() for line, row in rows.items()}
+    for line, value in values.items():
+        if not value:
+            raise UserError(f"{path}, line {line}: {name} is empty; fill it in or leave the row out")
     return values
 
 
-def _binary(path: str, name: str, values: list[str]) -> np.ndarray:
-    for line, value in enumerate(values, 2):
+def _binary(path: str, name: str, values: dict[int, str]) -> np.ndarray:
+    for line, value in values.items():
         if value not in ("0", "1"):
             raise UserError(
                 f"{path}, line {line}: {name} is {value!r}; of several labels each is 0 or 1, or choose one alone "
                 "(data.label_columns, --columns)"
             )
-    return np.array(values).astype(np.float32)
+    return np.array(list(values.values())).astype(np.float32)
 
 
 def _check_patients(path: str, labels: ClassLabels) -> None:
