@@ -361,6 +361,8 @@ MISTAKES = {
     "unknown scan": ({"data.train_scans": "case7"}, "case7: is no labelled scan"),
     "held-out scan": ({"data.train_scans": "case1, case0"}, "case0: .*held out"),
     "too many shots": ({"data.shots": 5}, "there are 4 labelled scans"),
+    "shots below 0": ({"data.shots": -1}, "data.shots -1: there are 4 .* give 1 to 4, or 0 for all"),
+    "no scan": ({"data.train_scans": ","}, "data.train_scans ',': names no scan; give ids"),
     "shots and fraction": ({"data.shots": 1, "data.fraction": 0.5}, "one of the two"),
     "subset seed": ({"data.subset_seed": -1}, "data.subset_seed -1: give a whole number of 0 or more"),
     "fraction": ({"data.fraction": 0.0}, "above 0"),

@@ -243,6 +243,12 @@ def test_scans_of_one_patient_are_held_out_together():
     assert held_out == ("a1", "a2", "c1", "c2") and kept == ("b1", "d1")
 
 
+def test_a_large_share_leaves_as_many_to_train_on_as_are_needed():
+    assert tasks.split("abcde", 0.95, at_least=1) == (("e",), tuple("abcd"))
+    assert tasks.split("abcde", 0.95, at_least=2) == (("c", "e"), ("a", "b", "d"))
+    assert tasks.split("abc", 0.5, at_least=2) == (tuple("abc"), ())
+
+
 def test_mining_without_embeddings_is_refused(store, tmp_path):
     config = small(store)
     with config.unlocked():

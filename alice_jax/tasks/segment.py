@@ -85,6 +85,8 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
     """
     if data.train_scans:
         wanted = _ids_in(data.train_scans)
+        if not wanted:
+            raise UserError(f"data.train_scans {data.train_scans!r}: names no scan; give ids, or a file with some")
         if other := [id for id in wanted if id not in scans]:
             raise UserError(
                 f"data.train_scans {other[0]}: is no labelled scan of the store, or one held out for validation; "
@@ -96,7 +98,10 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
     if data.shots and data.fraction < 1:
         raise UserError(f"data.shots {data.shots}, data.fraction {data.fraction}: give one of the two")
     if not 0 <= data.shots <= len(scans):
-        raise UserError(f"data.shots {data.shots}: there are {len(scans)} labelled scans to train on")
+        raise UserError(
+            f"data.shots {data.shots}: there are {len(scans)} labelled scans to train on; give 1 to {len(scans)}, or 0 "
+            "for all"
+        )
     if data.subset_seed < 0:
         raise UserError(f"data.subset_seed {data.subset_seed}: give a whole number of 0 or more")
     count = data.shots or max(1, round(data.fraction * len(scans)))

@@ -69,8 +69,8 @@ def split(
         raise UserError(f"data.validation_fraction {fraction}: give a share of the scans from 0 to below 1")
     patient_of = {scan: patients.get(scan, scan) if patients else scan for scan in scans}
     names = list(dict.fromkeys(patient_of.values()))
-    count = max(at_least, round(fraction * len(names))) if fraction else 0
-    if len(names) - count < at_least:
+    count = min(max(at_least, round(fraction * len(names))), len(names) - at_least) if fraction else 0
+    if count < at_least:
         count = 0
     held_out = {names[i * len(names) // count] for i in range(count)}
     return tuple(s for s in scans if patient_of[s] not in held_out), tuple(
