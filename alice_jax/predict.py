@@ -59,7 +59,7 @@ def predict(source: Source, sliding: Sliding, contract: Contract, path: Path, pi
     if picture:
         stored = label_maps.on_stored_grid(labels, affine_ras, scan)
         drawn = overlays.draw(volume, stored, scan.spacing_zyx_mm, source.id, contract.classes)
-        path.with_name(f"{source.id}.png").write_bytes(drawn)
+        _picture(path).write_bytes(drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     mine = find(args.input, out)[args.task_index :: args.task_count]
     todo = [source for source in mine if args.overwrite or not _path(out, source).exists()]
     print(f"{len(mine)} scans, {len(mine) - len(todo)} of them done already; loading {args.workdir}", flush=True)
+    undrawn = sum((path := _path(out, source)).exists() and not _picture(path).exists() for source in mine)
+    if undrawn and args.overlay and not args.overwrite:
+        print(f"{undrawn} of those done have no picture, which is drawn with the labels: add --overwrite", flush=True)
     network, params, contract = segment.load(args.workdir, args.step)
     _write_names(out, contract)
 
@@ -99,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path(out: Path, source: Source) -> Path:
     return out / f"{source.id}.nii.gz"
+
+
+def _picture(path: Path) -> Path:
+    return path.with_suffix("").with_suffix(".png")
 
 
 def _mirrored_axes(workdir: str) -> Sequence[int]:

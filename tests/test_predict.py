@@ -122,11 +122,15 @@ def test_running_again_does_what_is_left_and_a_bad_file_stops_nothing(tmp_path, 
     write_nifti(tmp_path / "in" / "b.nii.gz", ct_like(seed=2))
     written = (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns
     assert run(tmp_path, "--overlay") == 0
-    assert "3 scans, 2 of them done already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 scans, 2 of them done already" in printed and "2 of those done have no picture," in printed
     assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns == written
     assert (tmp_path / "out" / "b.png").read_bytes().startswith(b"\x89PNG")
     assert run(tmp_path, "--overwrite", "--task-index", "0", "--task-count", "3") == 0
     assert (tmp_path / "out" / "a.nii.gz").stat().st_mtime_ns > written
+    capsys.readouterr()
+    assert run(tmp_path, "--overwrite", "--overlay") == 0 == run(tmp_path, "--overlay")
+    assert "no picture" not in capsys.readouterr().out
     assert run(tmp_path) == 0 and "; " not in capsys.readouterr().out.splitlines()[-1]
 
 
