@@ -1,6 +1,6 @@
 """Tiny networks of nnU-Net's own classes with random weights, and what they compute: the files beside this one.
 
-    pip install torch==2.13.0 dynamic-network-architectures==0.4.4 && python tests/nnunet/make.py
+    pip install -e ".[nnunet]" && python tests/nnunet/make.py
 
 An .npz holds `input` (b, 1, d, h, w), `output0`, … (b, classes, d, h, w), finest first, and the state dict under
 `state/`.
