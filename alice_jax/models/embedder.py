@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from alice_jax.models.layers import add_bias
+from alice_jax.models.layers import add_bias, l2_normalise
 
 Triple = tuple[int, int, int]
-EPSILON = 1e-12  # of the L2 normalisation
 
 
 class Embedding(NamedTuple):
@@ -28,13 +27,6 @@ class Embedding(NamedTuple):
 
     fine: jax.Array
     coarse: jax.Array
-
-
-def normalise(features: jax.Array) -> jax.Array:
-    """L2 normalisation over the last axis, in fp32, finite (and without gradient) at zero."""
-    features = features.astype(jnp.float32)
-    square = jnp.sum(features * features, axis=-1, keepdims=True)
-    return features * jax.lax.rsqrt(jnp.maximum(square, EPSILON**2))
 
 
 def upsample_nearest(x: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -193,7 +185,7 @@ class Embedder(nn.Module):
     def __call__(self, volume: jax.Array, train: bool = False) -> Embedding:
         """Embeds network inputs (see `data.embedder_views.network_input`) of shape (batch, depth, height, width, 1)."""
         fine, coarse = self.heads(self.stages(volume, train))
-        return Embedding(normalise(fine), normalise(coarse))
+        return Embedding(l2_normalise(fine), l2_normalise(coarse))
 
 
 def strides_zyx(model: Embedder) -> tuple[Triple, Triple]:

@@ -40,10 +40,10 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
-def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """`x / max(|x|, eps)` over the last axis, in float32, with a finite gradient at zero."""
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """`x / max(|x|, 1e-12)` over the last axis, in float32, with a finite gradient at zero."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
