@@ -25,14 +25,13 @@ from tqdm import tqdm
 
 from alice_jax import checkpoint, cli, host, tasks
 from alice_jax.data import embeddings
-from alice_jax.data.cells import triple
+from alice_jax.data.cells import Triple, triple
 from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
 
-Triple = tuple[int, int, int]
 Result = TypeVar("Result")
 FIT_SCANS, FIT_CELLS = 8, 20_000  # what a codec is fitted on: scans, and cells of each
 ROUND = 32  # sides are padded to multiples of this, so that few shapes are compiled

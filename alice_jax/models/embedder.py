@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from alice_jax.models.layers import add_bias, l2_normalise
-
-Triple = tuple[int, int, int]
+from alice_jax.models.layers import Triple, add_bias, l2_normalise
 
 
 class Embedding(NamedTuple):

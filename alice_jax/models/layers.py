@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Init = Callable[..., jax.Array]
+Triple = tuple[int, int, int]
 
 
 def uniform(limit: float) -> Init:
@@ -176,7 +177,7 @@ class Conv3(nn.Module):
     """
 
     features: int
-    strides: tuple[int, int, int] = (1, 1, 1)
+    strides: Triple = (1, 1, 1)
     dtype: Any = jnp.float32
     start: str = "uniform"
 
@@ -205,7 +206,7 @@ class Expand(nn.Module):
     """
 
     features: int
-    kernel: tuple[int, int, int]
+    kernel: Triple
     dtype: Any = jnp.float32
     start: str = "uniform"
 

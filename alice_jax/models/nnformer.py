@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alice_jax.errors import UserError
-from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, gelu
+from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
+from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, Triple, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from alice_jax.errors import UserError
-from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv3, Expand, InstanceNorm, Linear
+from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
+from alice_jax.models.layers import Conv3, Expand, InstanceNorm, Linear, Triple
 
 
 class ConvNorm(nn.Module):
