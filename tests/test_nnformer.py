@@ -212,7 +212,6 @@ def test_bfloat16_keeps_float32_parameters(weights, volume):
     [
         (SMALL, (1, 20, 16, 16, 1), "multiple of"),
         (SMALL.clone(heads=(1, 2)), CROP, "one per stage"),
-        (SMALL.clone(patch_zyx=(4, 4, 4)), CROP, "product"),
         (SMALL.clone(remat=(0, 3)), CROP, "remat .*from 0 to 2"),
     ],
 )
