@@ -225,13 +225,22 @@ def test_hidden_cells_that_do_not_divide_are_refused(volume):
         jax.eval_shape(SMALL.init, jax.random.key(0), volume, jnp.zeros((1, 3, 2, 2)))
 
 
-@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
-def test_convolution_by_planes_is_a_3d_convolution(strides):
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [
+        ((3, 3, 3), (1, 1, 1)),
+        ((3, 3, 3), (2, 2, 2)),
+        ((3, 3, 3), (1, 2, 2)),
+        ((1, 3, 3), (1, 2, 2)),
+        ((3, 7, 7), (1, 1, 1)),
+    ],
+)
+def test_convolution_by_planes_is_a_3d_convolution(kernel, strides):
     x = np.random.default_rng(0).standard_normal((2, 5, 6, 7, 3)).astype(np.float32)
-    model = layers.Conv3(4, strides)
+    model = layers.Conv(4, kernel, strides)
     params = model.init(jax.random.key(0), x)["params"]
-    dims = ("NDHWC", "DHWIO", "NDHWC")
-    want = jax.lax.conv_general_dilated(x, params["kernel"], strides, [(1, 1)] * 3, dimension_numbers=dims)
+    dims, padding = ("NDHWC", "DHWIO", "NDHWC"), [(size // 2, size // 2) for size in kernel]
+    want = jax.lax.conv_general_dilated(x, params["kernel"], strides, padding, dimension_numbers=dims)
     np.testing.assert_allclose(model.apply({"params": params}, x), want + params["bias"], atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from alice_jax.errors import UserError
 from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, Triple, gelu
+from alice_jax.models.layers import Conv, DropPath, Expand, LayerNorm, Linear, Mlp, Triple, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
 
 PATCH: Triple = (2, 2, 2)  # voxels of a token of the finest grid
@@ -35,10 +35,10 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for name, features in (("1_1", self.width // 2), ("1_2", self.width // 2), ("2_1", self.width)):
-            stride = PATCH if name == "1_1" else (1, 1, 1)
-            x = gelu(Conv3(features, stride, self.dtype, name=f"conv{name}")(x))
+            strides = PATCH if name == "1_1" else (1, 1, 1)
+            x = gelu(Conv(features, strides=strides, dtype=self.dtype, name=f"conv{name}")(x))
             x = LayerNorm(dtype=self.dtype, name=f"norm{name}")(x)
-        x = Conv3(self.width, dtype=self.dtype, name="conv2_2")(x)
+        x = Conv(self.width, dtype=self.dtype, name="conv2_2")(x)
         return LayerNorm(dtype=self.dtype, name="norm2_2")(x)
 
 
@@ -103,7 +103,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = LayerNorm(dtype=self.dtype, name="norm")(gelu(x))
-        return Conv3(2 * x.shape[-1], (2, 2, 2), self.dtype, name="conv")(y)
+        return Conv(2 * x.shape[-1], strides=(2, 2, 2), dtype=self.dtype, name="conv")(y)
 
 
 class Upsample(nn.Module):
