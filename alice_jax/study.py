@@ -38,7 +38,7 @@ from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.evaluation import surfaces
-from alice_jax.evaluation.arms import LONG, SCRATCH, by_case, compared, table, write_dice
+from alice_jax.evaluation.arms import LONG, SCRATCH, case_means, compared, table, write_dice
 from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
@@ -86,10 +86,10 @@ def trained(config: ConfigDict, workdir: Path) -> None:
 
 def ladder_recipe(rung: str, args: argparse.Namespace) -> ConfigDict:
     """What a rung is pretrained by."""
-    return recipe(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
+    return recipe_with(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
 
 
-def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
+def recipe_with(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
     """A recipe with some fields set, and its steps unless 0; validated at the end alone, since nobody looks earlier."""
     config = cli.recipe(name, fields)
     config.steps = steps or config.steps
@@ -129,7 +129,9 @@ def fine_tuning(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -
         "init_from": arm.init_from,
         **subset.fields,
     }
-    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), arm.steps or args.steps)
+    if arm.frozen:
+        fields["optimizer.freeze"] = "100 %"
+    return recipe_with(args.recipe, fields, arm.steps or args.steps)
 
 
 def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -265,7 +267,7 @@ def studied(args: argparse.Namespace) -> list[dict[str, Any]]:
                 cli.say(
                     f"{count} of {total} runs done, about {left / 60:.0f} min left: {name}, {subset.name}, seed {seed}"
                 )
-    rows = compared({key: by_case(seeds) for key, seeds in runs.items()}, list(LADDER))
+    rows = compared({key: case_means(seeds) for key, seeds in runs.items()}, list(LADDER))
     folder = Path(args.workdir)
     write_dice(folder / "study.csv", runs)
     (folder / "study.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1), encoding="utf-8")

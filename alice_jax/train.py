@@ -136,7 +136,7 @@ def run(config: ConfigDict, workdir: str) -> int:
                 metrics.say(left_out)
                 scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
 
-            scalars |= used_scans.count(noted["scans"]) | summarised(noted)
+            scalars |= used_scans.count(noted["scans"]) | view_metrics(noted)
             scalars |= {
                 "skipped_updates": watch.skipped,
                 "step_time_s": step_time,
@@ -256,7 +256,7 @@ def validated(
     return {f"validation/{name}": value for name, value in (means | collapse.spread(features) | judged).items()}
 
 
-def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
+def view_metrics(meta: dict[str, np.ndarray]) -> dict[str, float]:
     """Means of what the sampler noted of this batch's samples, over those for which it is known."""
     known = {name: values[np.isfinite(values)] for name, values in meta.items() if values.ndim == 1}
     return {f"views/{name}": float(np.mean(values)) for name, values in known.items() if len(values)}
@@ -265,7 +265,7 @@ def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
 def say(text: str) -> None:
     """One line for the user, from one process only."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        cli.say(text)
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, such as configs/pretrain.py:tiny")

@@ -190,7 +190,7 @@ def test_drop_path_drops_whole_samples_and_scales_the_rest():
 
 
 def test_drop_rates_grow_with_depth():
-    assert nnformer.spread(0.2, (2, 2, 2, 2))[-1] == (0.171428571, 0.2)
+    assert nnformer.drop_rates(0.2, (2, 2, 2, 2))[-1] == (0.171428571, 0.2)
     bound = NNFormer(mask_tokens=False).bind({})
     rates = [bound.decoder[i].drop_paths for i in range(3)]
     assert rates == [(0.16, 0.2), (0.08, 0.12), (0.0, 0.04)], "the coarsest decoder stage runs first"

@@ -107,7 +107,7 @@ def test_a_folder_holds_one_study(trainings, tmp_path):
 
 
 def test_a_training_that_has_ended_is_not_begun_again(monkeypatch, tmp_path):
-    config, begun = study.recipe("configs/segment.py:tiny", {}, 7), []
+    config, begun = study.recipe_with("configs/segment.py:tiny", {}, 7), []
     monkeypatch.setattr(study.train, "run_on_disk", lambda config, workdir: begun.append(config.steps) or 0)
     for newest in (None, 6, 7):
         monkeypatch.setattr(study.checkpoint, "newest_intact", lambda workdir, newest=newest: (newest, []))

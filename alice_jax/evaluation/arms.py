@@ -11,10 +11,10 @@ from alice_jax.evaluation.averages import RESAMPLES, with_interval, write_csv
 SCRATCH, LONG = "scratch", "scratch-long"
 
 
-def by_case(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
+def case_means(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
     """The mean over the classes of each case that has any, in each of the runs.
 
-    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}, "b": {}}, {"a": {"liver": 0.5, "spleen": 0.0}, "b": {}}])
+    >>> case_means([{"a": {"liver": 1.0, "spleen": 0.5}, "b": {}}, {"a": {"liver": 0.5, "spleen": 0.0}, "b": {}}])
     {'a': [0.75, 0.25]}
     """
     return {

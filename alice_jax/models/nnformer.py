@@ -195,8 +195,8 @@ class NNFormer(Backbone):
             raise UserError(f"depths {self.depths}, heads {self.heads}, windows {self.windows}: give one per stage")
         stages = range(len(self.depths))
         check_remat(self.remat, len(stages))
-        encoder_rates = spread(self.drop_path, self.depths)
-        decoder_rates = spread(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
+        encoder_rates = drop_rates(self.drop_path, self.depths)
+        decoder_rates = drop_rates(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
         self.patch_embed = PatchEmbed(self.width, self.dtype)
         start = nn.initializers.normal(0.02)
         self.mask_token = self.param("mask_token", start, (self.width,), jnp.float32) if self.mask_tokens else None
@@ -276,10 +276,10 @@ class NNFormer(Backbone):
         return tuple(levels)
 
 
-def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
+def drop_rates(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
     """Drop rates that grow linearly from 0 to `rate` over all blocks, stage by stage.
 
-    >>> spread(0.3, (2, 2))
+    >>> drop_rates(0.3, (2, 2))
     [(0.0, 0.1), (0.2, 0.3)]
     """
     rates = [round(float(r), 9) for r in np.linspace(0.0, rate, sum(depths))]

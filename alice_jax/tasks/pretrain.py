@@ -59,7 +59,7 @@ def networks(config: ConfigDict) -> alice.Alice:
     )
 
 
-def recipe(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
+def schedules_of(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
     """Every scalar of the recipe as a function of the step."""
     method, optimizer, total = config.method, config.optimizer, config.steps
     peak = optimizer.lr
@@ -92,7 +92,7 @@ def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
     held = config.method.freeze_last_layer
     return alice.make(
         networks(config),
-        **recipe(config, steps_per_epoch),
+        **schedules_of(config, steps_per_epoch),
         clip=config.optimizer.clip,
         held_steps=schedules.duration(held, "method.freeze_last_layer", steps_per_epoch, config.steps),
     )
