@@ -25,7 +25,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alice_jax import cli, train
+from alice_jax import cli, settings
 from alice_jax.ahead import compiling, roofline, topologies
 from alice_jax.ahead.compiling import Program
 from alice_jax.ahead.topologies import Slice
@@ -55,8 +55,8 @@ class Compiled:
 
     @staticmethod
     def _key(config: ConfigDict, target: Slice) -> str:
-        settings = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-        return f"{target.name}, batch_size {config.batch_size}, remat {tuple(config.model.remat)}, config {settings}"
+        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{target.name}, batch_size {config.batch_size}, remat {tuple(config.model.remat)}, config {digest}"
 
     def has(self, config: ConfigDict, target: Slice) -> bool:
         return self._key(config, target) in self.programs
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.read_configuration(values, config_flags.DEFINE_config_file("config", flag_values=values), rest)
     if config.objective != "alice":
         raise UserError(f"objective {config.objective!r}: only pretraining (configs/pretrain.py) is compiled ahead")
-    train.check(config)
+    settings.check(config)
     target = topologies.H200 if args.target else topologies.named(args.topology) if args.topology else None
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compiles
     done = Compiled.kept_in(args.json)

@@ -25,14 +25,13 @@ from tqdm import tqdm
 
 from alice_jax import checkpoint, cli, host, tasks
 from alice_jax.data import embeddings
-from alice_jax.data.cells import triple
+from alice_jax.data.cells import Triple, triple
 from alice_jax.data.codec import Codec, normalise, settle_codec
 from alice_jax.data.embedder_views import block_mean, network_input
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx
 
-Triple = tuple[int, int, int]
 Result = TypeVar("Result")
 FIT_SCANS, FIT_CELLS = 8, 20_000  # what a codec is fitted on: scans, and cells of each
 ROUND = 32  # sides are padded to multiples of this, so that few shapes are compiled
@@ -168,7 +167,7 @@ class WholeVolume:
             start, done = end - margin, end
 
 
-def spread(
+def over_devices(
     wholes: Sequence[WholeVolume], work: Callable[[WholeVolume, str], Result], ids: Sequence[str]
 ) -> Iterator[Result]:
     """`work(whole, id)` of each scan, in order; at any time each of `wholes`, on a device of its own, has one scan."""
@@ -197,7 +196,7 @@ def fit_codec(store: Store, embedder: TrainedEmbedder, wholes: Sequence[WholeVol
         body = fine[embeddings.body_cells(store.foreground(id), fine.shape[:3], embedder.strides_zyx_vox[0])]
         return np.random.default_rng(0).permutation(body)[:FIT_CELLS], coarse.reshape(-1, coarse.shape[-1])
 
-    bar = tqdm(spread(wholes, samples, chosen), "Fitting the storage", len(chosen), unit="scan", file=sys.stderr)
+    bar = tqdm(over_devices(wholes, samples, chosen), "Fitting the storage", len(chosen), unit="scan", file=sys.stderr)
     levels = (
         embeddings.fit_level(list(of_level), stride, embedder.dims)
         for of_level, stride in zip(zip(*bar, strict=True), embedder.strides_zyx_vox, strict=True)
@@ -249,7 +248,7 @@ def embed_store(
 
     began = time.perf_counter()
     for _ in tqdm(
-        spread(wholes, embed_scan, todo), "Embedding", len(todo), unit="scan", file=sys.stderr, disable=not todo
+        over_devices(wholes, embed_scan, todo), "Embedding", len(todo), unit="scan", file=sys.stderr, disable=not todo
     ):
         pass
     seconds = (time.perf_counter() - began) / max(len(todo), 1)

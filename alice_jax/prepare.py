@@ -221,7 +221,7 @@ def _start_worker(store: Store, known: Mapping[str, str], parent: int) -> None:
     global _worker
     _worker = store, known
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    worker_process.settle(parent)
+    worker_process.tie_to(parent)
 
 
 def _work(source: Source) -> list[Outcome]:

@@ -209,7 +209,7 @@ def _store_parts(
             Section("Embeddings", [page.text("None in this store yet.")]),
         )
     say("comparing and drawing the scans")
-    checks, guilty = orientation.inspect(store, stores.spread(ids, stores.COMPARED_SCANS))
+    checks, guilty = orientation.inspect(store, stores.evenly(ids, stores.COMPARED_SCANS))
     yield checks, stores.cohort_section(store, guilty)
 
 

@@ -19,7 +19,6 @@ Everything that is done stays done: the same command goes on where it stopped.
 """
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import json
@@ -39,12 +38,12 @@ from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 from alice_jax.evaluation import surfaces
-from alice_jax.evaluation.averages import RESAMPLES
+from alice_jax.evaluation.arms import LONG, SCRATCH, case_means, compared, table, write_dice
 from alice_jax.inference.sliding import Sliding
 from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
-SCRATCH, LONG, FROZEN, PRETRAINING = "scratch", "scratch-long", "frozen", "pretraining"
+FROZEN, PRETRAINING = "frozen", "pretraining"
 # What each rung of the ladder has in place of its recipe's own settings. The hypothesis: none is worse than the last.
 LADDER: dict[str, dict[str, Any]] = {
     "reconstruction": {"loss.invariance": 0.0, "loss.alignment": 0.0, "views.kind": "random"},
@@ -87,10 +86,10 @@ def trained(config: ConfigDict, workdir: Path) -> None:
 
 def ladder_recipe(rung: str, args: argparse.Namespace) -> ConfigDict:
     """What a rung is pretrained by."""
-    return recipe(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
+    return recipe_with(args.pretraining, LADDER[rung] | {"data.store": args.unlabelled}, args.pretraining_steps)
 
 
-def recipe(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
+def recipe_with(name: str, fields: Mapping[str, Any], steps: int) -> ConfigDict:
     """A recipe with some fields set, and its steps unless 0; validated at the end alone, since nobody looks earlier."""
     config = cli.recipe(name, fields)
     config.steps = steps or config.steps
@@ -130,7 +129,9 @@ def fine_tuning(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -
         "init_from": arm.init_from,
         **subset.fields,
     }
-    return recipe(args.recipe, fields | ({"optimizer.freeze": "100 %"} if arm.frozen else {}), arm.steps or args.steps)
+    if arm.frozen:
+        fields["optimizer.freeze"] = "100 %"
+    return recipe_with(args.recipe, fields, arm.steps or args.steps)
 
 
 def run(arm: Arm, subset: Subset, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -223,85 +224,6 @@ def claim(arms: Sequence[Arm], args: argparse.Namespace) -> None:
     checkpoint.write_config(args.workdir, mine | {"arms": known | origins})
 
 
-# -------------------------------------------------------------------- what comes of it
-
-
-def by_case(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, list[float]]:
-    """The mean over the classes of each case that has any, in each of the runs.
-
-    >>> by_case([{"a": {"liver": 1.0, "spleen": 0.5}, "b": {}}, {"a": {"liver": 0.5, "spleen": 0.0}, "b": {}}])
-    {'a': [0.75, 0.25]}
-    """
-    return {
-        case: [float(np.mean(list(run[case].values()))) for run in runs] for case, found in runs[0].items() if found
-    }
-
-
-def summarised(values: np.ndarray) -> dict[str, float]:
-    """The mean of (cases, seeds), and a 95 % interval of it: both cases and seeds are drawn anew, 10,000 times.
-
-    A bootstrap over cases alone would take what one training has by chance for what all have.
-    """
-    rng = np.random.default_rng(0)
-    cases, seeds = (rng.integers(n, size=(RESAMPLES, n)) for n in values.shape)
-    means = values[cases[:, :, None], seeds[:, None, :]].mean(axis=(1, 2))
-    low, high = np.percentile(means, (2.5, 97.5))
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def others_of(arm: str) -> dict[str, str]:
-    """The arms that one is compared with, by what they are to it.
-
-    >>> others_of("casa, frozen")
-    {'scratch': 'scratch', 'scratch-long': 'scratch-long', 'rung before': 'mined-crops, frozen'}
-    """
-    rung, comma, frozen = arm.partition(",")
-    rungs = list(LADDER)
-    before = {"rung before": rungs[rungs.index(rung) - 1] + comma + frozen} if rung in rungs[1:] else {}
-    return {} if arm == SCRATCH else {SCRATCH: SCRATCH} | ({} if arm == LONG else {LONG: LONG}) | before
-
-
-def compared(results: Mapping[tuple[str, str], Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
-    """A row for each (arm, subset): its Dice, and how much more than other arms' in the same cases and seeds."""
-    rows = []
-    for (arm, subset), cases in results.items():
-        dice = np.array(list(cases.values()))
-        others = {what: results[other, subset] for what, other in others_of(arm).items() if (other, subset) in results}
-        more = {what: summarised(dice - [their[case] for case in cases]) for what, their in others.items()}
-        row = {"arm": arm, "subset": subset, "cases": len(cases), "dice": summarised(dice), "more_than": more}
-        rows.append(row)
-    return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each arm and subset, as people read it; in brackets 95 % intervals."""
-    columns = list(dict.fromkeys(what for row in rows for what in row["more_than"]))
-    lines = [f"{'':<24}{'labels':>8}{'Dice':>24}" + "".join(f"{f'more than {what}':>27}" for what in columns)]
-    for row in rows:
-        more = [_cell(row["more_than"][what], "+.3f") if what in row["more_than"] else "" for what in columns]
-        line = f"{row['arm']:<24}{row['subset']:>8}{_cell(row['dice'], '.3f'):>24}"
-        lines.append((line + "".join(f"{cell:>27}" for cell in more)).rstrip())
-    return "\n".join(lines)
-
-
-def _cell(numbers: Mapping[str, float], form: str) -> str:
-    return f"{numbers['mean']:{form}} [{numbers['low']:{form}}, {numbers['high']:{form}}]"
-
-
-def write_csv(path: Path, runs: Mapping[tuple[str, str], Sequence[Mapping[str, Mapping[str, float]]]]) -> None:
-    """A line for each arm, subset, seed, case and class."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "subset", "seed", "case", "class", "dice"])
-        for (arm, subset), seeds in runs.items():
-            for seed, cases in enumerate(seeds):
-                writer.writerows(
-                    [arm, subset, seed, case, name, f"{dice:.6g}"]
-                    for case, classes in cases.items()
-                    for name, dice in classes.items()
-                )
-
-
 # -------------------------------------------------------------------- the command
 
 
@@ -323,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def studied(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Does what is missing, writes all results and returns the rows of `compared`."""
+    """Does what is missing, writes all results and returns the rows of `arms.compared`."""
     args.store = args.store or builtin.study_store("labelled", train.run_on_disk)
     if not args.pretrained:
         args.unlabelled = args.unlabelled or builtin.study_store("unlabelled", train.run_on_disk)
@@ -345,9 +267,9 @@ def studied(args: argparse.Namespace) -> list[dict[str, Any]]:
                 cli.say(
                     f"{count} of {total} runs done, about {left / 60:.0f} min left: {name}, {subset.name}, seed {seed}"
                 )
-    rows = compared({key: by_case(seeds) for key, seeds in runs.items()})
+    rows = compared({key: case_means(seeds) for key, seeds in runs.items()}, list(LADDER))
     folder = Path(args.workdir)
-    write_csv(folder / "study.csv", runs)
+    write_dice(folder / "study.csv", runs)
     (folder / "study.json").write_text(json.dumps({"seeds": args.seeds, "rows": rows}, indent=1), encoding="utf-8")
     (folder / "study.png").write_bytes(study_curves.draw(rows))
     return rows

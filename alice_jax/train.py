@@ -12,12 +12,11 @@ The order of a step, on which exact resuming rests:
   4. a state is validated or saved only between updates.
 """
 
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from alice_jax import (
     layout,
     provenance,
     report,
+    settings,
     sharding,
     tasks,
     train_state,
@@ -51,33 +51,11 @@ from alice_jax.metrics import Metrics
 from alice_jax.objectives import Objective
 from alice_jax.preemption import StopSignal
 
-# Fields that may change between two runs of one workdir; with any other the numbers would belong to another run.
-MAY_CHANGE = (
-    "steps",
-    "microbatch",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "validate_every",
-    "mesh.parameters",
-    "mesh.rules",
-    "data.workers",
-    "data.threads",
-    "data.timeout_s",
-    "data.cache_gb",
-    "model.remat",
-    "numerics.skip",
-    "numerics.collapse",
-    "numerics.entropy",
-    "numerics.variance",
-    "numerics.effective_rank",
-)
-
 
 def run(config: ConfigDict, workdir: str) -> int:
     """Trains to `config.steps`; returns 0, or 128 + the number of the signal that stopped it."""
-    check(config)
-    claim(workdir, config)
+    settings.check(config)
+    settings.claim(workdir, config)
 
     # ---- Data, objective, devices
     copies = Copies(os.path.join(host.cache(), "copies"), round(config.data.cache_gb * 1e9))
@@ -124,22 +102,7 @@ def run(config: ConfigDict, workdir: str) -> int:
 
     # ---- Batches
     validation = validation_batches(config, task, mesh, config.batch_size // parts)
-    samples = pipeline.Samples(
-        sampler=task.sampler,
-        records=len(task.scans),
-        seed=config.seed,
-        global_batch=config.batch_size,
-        steps=config.steps + 1,  # one more, since the next batch is fetched while the last update runs
-        process=jax.process_index(),
-        processes=jax.process_count(),
-    )
-    stream = pipeline.batches(
-        samples,
-        start_step=start,
-        workers=config.data.workers,
-        threads=config.data.threads,
-        timeout_s=config.data.timeout_s,
-    )
+    stream = training_batches(config, task, start)
     used_scans = coverage.Coverage(task.scans, counted.get("coverage"))
     watch = broken.Watch(workdir, allowed=config.numerics.skip, start=start, scans=task.scans, parts=parts)
 
@@ -173,7 +136,7 @@ def run(config: ConfigDict, workdir: str) -> int:
                 metrics.say(left_out)
                 scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
 
-            scalars |= used_scans.count(noted["scans"]) | summarised(noted)
+            scalars |= used_scans.count(noted["scans"]) | view_metrics(noted)
             scalars |= {
                 "skipped_updates": watch.skipped,
                 "step_time_s": step_time,
@@ -239,58 +202,27 @@ def conclude(config: ConfigDict, workdir: str) -> None:
         say(f"  {what:12}{os.path.join(workdir, name)}")
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses what no objective could run with."""
-    for field in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every"):
-        if config[field] < 1:
-            raise UserError(f"{field} {config[field]}: give a whole number of 1 or more")
-    for field, value in (
-        ("seed", config.seed),
-        ("microbatch", config.microbatch),
-        ("data.workers", config.data.workers),
-        ("numerics.skip", config.numerics.skip),
-    ):
-        if value < 0:
-            raise UserError(f"{field} {value}: give a whole number of 0 or more")
-    if config.data.threads < 1:
-        raise UserError(f"data.threads {config.data.threads}: give a whole number of 1 or more")
-    if config.data.timeout_s <= 0:
-        raise UserError(f"data.timeout_s {config.data.timeout_s}: give a number of seconds above 0")
-    if config.data.cache_gb < 0:
-        raise UserError(f"data.cache_gb {config.data.cache_gb}: give a size in GB, or 0 for no copies")
-
-
-def claim(workdir: str, config: ConfigDict) -> None:
-    """Writes the configuration into a new workdir; refuses one that holds another run."""
-    mine = flat(json.loads(json.dumps(config.to_dict())))  # with lists for tuples, as it is read back
-    theirs = flat(checkpoint.read_config(workdir) or {})
-    if theirs:
-        theirs = {"model.backbone": "nnformer"} | theirs  # runs of older versions name none
-    unused = tuple(f"model.{name}." for name in tasks.backbones.KINDS if name != mine.get("model.backbone"))
-    checked = [name for name in mine if name not in MAY_CHANGE and not name.startswith(unused)]
-    differing = [name for name in checked if theirs and mine[name] != theirs.get(name)]
-    if differing:
-        changes = ", ".join(f"{name} {theirs.get(name)} there and {mine[name]} here" for name in differing[:3])
-        raise UserError(f"--workdir {workdir}: holds a run with other settings ({changes}); name another folder")
-    if jax.process_index() == 0:
-        checkpoint.write_config(workdir, config.to_dict())
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} as {"a.b": [1]}."""
-    items: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            items |= flat(value, f"{prefix}{name}.")
-        else:
-            items[f"{prefix}{name}"] = value
-    return items
-
-
 def example_batch(task: tasks.Task) -> dict[str, np.ndarray]:
     """One sample as a batch, for its shapes; drawing it also shows early whether the store can be read."""
     sample = task.sampler(0, np.random.default_rng(0), np.random.default_rng(0))
     return {name: value[None] for name, value in sample.items() if name != "meta"}
+
+
+def training_batches(config: ConfigDict, task: tasks.Task, start: int) -> Iterator[pipeline.Sample]:
+    """This process's part of the batches from step `start` on."""
+    samples = pipeline.Samples(
+        sampler=task.sampler,
+        records=len(task.scans),
+        seed=config.seed,
+        global_batch=config.batch_size,
+        steps=config.steps + 1,  # one more, since the next batch is fetched while the last update runs
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    data = config.data
+    return pipeline.batches(
+        samples, start_step=start, workers=data.workers, threads=data.threads, timeout_s=data.timeout_s
+    )
 
 
 def validation_batches(config: ConfigDict, task: tasks.Task, mesh: Mesh, at_once: int) -> list[dict[str, jax.Array]]:
@@ -324,7 +256,7 @@ def validated(
     return {f"validation/{name}": value for name, value in (means | collapse.spread(features) | judged).items()}
 
 
-def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
+def view_metrics(meta: dict[str, np.ndarray]) -> dict[str, float]:
     """Means of what the sampler noted of this batch's samples, over those for which it is known."""
     known = {name: values[np.isfinite(values)] for name, values in meta.items() if values.ndim == 1}
     return {f"views/{name}": float(np.mean(values)) for name, values in known.items() if len(values)}
@@ -333,7 +265,7 @@ def summarised(meta: dict[str, np.ndarray]) -> dict[str, float]:
 def say(text: str) -> None:
     """One line for the user, from one process only."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        cli.say(text)
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file, such as configs/pretrain.py:tiny")
@@ -360,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def facts(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """What must be the same in all processes of a run."""
-    settings = {f"--config.{name}": value for name, value in flat(config.to_dict()).items()}
-    return {**settings, "--workdir": workdir, **provenance.code()}
+    fields = {f"--config.{name}": value for name, value in settings.flat(config.to_dict()).items()}
+    return {**fields, "--workdir": workdir, **provenance.code()}
 
 
 def run_on_disk(config: ConfigDict, workdir: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 from builders import noise_store
 from random_weights import random_weights
 
-from alice_jax import checkpoint, export, tasks, train, train_state
+from alice_jax import checkpoint, export, settings, tasks, train_state
 from alice_jax.contract import Contract
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
@@ -258,9 +258,9 @@ def test_runs_of_older_versions_are_nnformers(tmp_path):
     assert tasks.backbones.make(older) == tasks.backbones.make(model)
     assert isinstance(tasks.backbones.make(older), NNFormer)
     checkpoint.write_config(str(tmp_path), tiny_config("nnformer").to_dict() | {"model": older})
-    train.claim(str(tmp_path), tiny_config("nnformer"))
+    settings.claim(str(tmp_path), tiny_config("nnformer"))
     with pytest.raises(UserError, match=r"model\.backbone nnformer there and resenc here"):
-        train.claim(str(tmp_path), tiny_config("resenc"))
+        settings.claim(str(tmp_path), tiny_config("resenc"))
 
 
 def test_an_unknown_backbone_is_one_clear_line():

@@ -15,7 +15,7 @@ from alice_jax.data.embedder_views import Distortion, EmbedderSampler, block_mea
 from alice_jax.data.store import Scan
 from alice_jax.errors import UserError
 from alice_jax.interop import embedder as interop
-from alice_jax.models.embedder import Conv, Embedder, receptive_radius_zyx, strides_zyx, upsample_nearest
+from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx, upsample_nearest
 from alice_jax.objectives import embedder as objective
 from configs import embedder as config_file
 
@@ -63,21 +63,6 @@ def test_embeddings_are_unit_vectors(small):
     out = jax.jit(model.apply)(variables, jax.random.normal(jax.random.key(1), (1, 8, 32, 32, 1)))
     for level in out:
         np.testing.assert_allclose(np.linalg.norm(level, axis=-1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("kernel, stride", [((3, 3, 3), (1, 1, 1)), ((3, 3, 3), (2, 2, 2)), ((1, 3, 3), (1, 2, 2))])
-def test_convolution_by_planes_is_the_convolution(kernel, stride):
-    x = jax.random.normal(jax.random.key(0), (2, 7, 9, 10, 3))
-    module = Conv(5, kernel, stride)
-    variables = module.init(jax.random.key(1), x)
-    want = jax.lax.conv_general_dilated(
-        x,
-        variables["params"]["kernel"],
-        stride,
-        [(k // 2, k // 2) for k in kernel],
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-    )
-    np.testing.assert_allclose(module.apply(variables, x), want, atol=2e-5)
 
 
 def test_nearest_neighbour_of_uneven_sizes():

@@ -190,7 +190,7 @@ def test_drop_path_drops_whole_samples_and_scales_the_rest():
 
 
 def test_drop_rates_grow_with_depth():
-    assert nnformer.spread(0.2, (2, 2, 2, 2))[-1] == (0.171428571, 0.2)
+    assert nnformer.drop_rates(0.2, (2, 2, 2, 2))[-1] == (0.171428571, 0.2)
     bound = NNFormer(mask_tokens=False).bind({})
     rates = [bound.decoder[i].drop_paths for i in range(3)]
     assert rates == [(0.16, 0.2), (0.08, 0.12), (0.0, 0.04)], "the coarsest decoder stage runs first"
@@ -212,7 +212,6 @@ def test_bfloat16_keeps_float32_parameters(weights, volume):
     [
         (SMALL, (1, 20, 16, 16, 1), "multiple of"),
         (SMALL.clone(heads=(1, 2)), CROP, "one per stage"),
-        (SMALL.clone(patch_zyx=(4, 4, 4)), CROP, "product"),
         (SMALL.clone(remat=(0, 3)), CROP, "remat .*from 0 to 2"),
     ],
 )
@@ -226,13 +225,22 @@ def test_hidden_cells_that_do_not_divide_are_refused(volume):
         jax.eval_shape(SMALL.init, jax.random.key(0), volume, jnp.zeros((1, 3, 2, 2)))
 
 
-@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
-def test_convolution_by_planes_is_a_3d_convolution(strides):
+@pytest.mark.parametrize(
+    ("kernel", "strides"),
+    [
+        ((3, 3, 3), (1, 1, 1)),
+        ((3, 3, 3), (2, 2, 2)),
+        ((3, 3, 3), (1, 2, 2)),
+        ((1, 3, 3), (1, 2, 2)),
+        ((3, 7, 7), (1, 1, 1)),
+    ],
+)
+def test_convolution_by_planes_is_a_3d_convolution(kernel, strides):
     x = np.random.default_rng(0).standard_normal((2, 5, 6, 7, 3)).astype(np.float32)
-    model = layers.Conv3(4, strides)
+    model = layers.Conv(4, kernel, strides)
     params = model.init(jax.random.key(0), x)["params"]
-    dims = ("NDHWC", "DHWIO", "NDHWC")
-    want = jax.lax.conv_general_dilated(x, params["kernel"], strides, [(1, 1)] * 3, dimension_numbers=dims)
+    dims, padding = ("NDHWC", "DHWIO", "NDHWC"), [(size // 2, size // 2) for size in kernel]
+    want = jax.lax.conv_general_dilated(x, params["kernel"], strides, padding, dimension_numbers=dims)
     np.testing.assert_allclose(model.apply({"params": params}, x), want + params["bias"], atol=1e-5)
 
 

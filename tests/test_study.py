@@ -21,7 +21,6 @@ from alice_jax.contract import Contract
 from alice_jax.data import embeddings, label_maps
 from alice_jax.data.store import FRAME
 from alice_jax.errors import UserError
-from alice_jax.reporting import study_curves
 from alice_jax.tasks import segment
 
 
@@ -107,44 +106,13 @@ def test_a_folder_holds_one_study(trainings, tmp_path):
         study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1", "--steps", "9"))
 
 
-def test_each_rung_is_compared_with_the_one_before_case_by_case():
-    dice = {
-        "scratch": (0.1, 0.5),
-        "scratch-long": (0.2, 0.6),
-        "reconstruction": (0.2, 0.7),
-        "random-crops": (0.3, 0.8),
-        "mined-crops, frozen": (0.3, 0.4),
-        "casa, frozen": (0.5, 0.2),
-    }
-    rows = study.compared({(arm, "1-shot"): {"a": [a], "b": [b]} for arm, (a, b) in dice.items()})
-    more = {row["arm"]: {what: round(value["mean"], 6) for what, value in row["more_than"].items()} for row in rows}
-    assert more == {
-        "scratch": {},
-        "scratch-long": {"scratch": 0.1},
-        "reconstruction": {"scratch": 0.15, "scratch-long": 0.05},
-        "random-crops": {"scratch": 0.25, "scratch-long": 0.15, "rung before": 0.1},
-        "mined-crops, frozen": {"scratch": 0.05, "scratch-long": -0.05},  # whose rung before is not there
-        "casa, frozen": {"scratch": 0.05, "scratch-long": -0.05, "rung before": 0.0},
-    }
-    assert rows[-1]["more_than"]["rung before"] == pytest.approx({"mean": 0.0, "low": -0.2, "high": 0.2})
-    casa = study.table(rows).splitlines()[-1]
-    assert casa.endswith("+0.000 [-0.200, +0.200]") and "0.350 [0.200, 0.500]" in casa
-    assert study_curves.draw(rows).startswith(b"\x89PNG")
-
-
 def test_a_training_that_has_ended_is_not_begun_again(monkeypatch, tmp_path):
-    config, begun = study.recipe("configs/segment.py:tiny", {}, 7), []
+    config, begun = study.recipe_with("configs/segment.py:tiny", {}, 7), []
     monkeypatch.setattr(study.train, "run_on_disk", lambda config, workdir: begun.append(config.steps) or 0)
     for newest in (None, 6, 7):
         monkeypatch.setattr(study.checkpoint, "newest_intact", lambda workdir, newest=newest: (newest, []))
         study.trained(config, tmp_path)
     assert begun == [7, 7]
-
-
-def test_intervals_hold_the_chance_of_seeds_beside_that_of_cases():
-    """Two cases that agree and two seeds that do not: a quarter of all draws is of either seed alone."""
-    found = study.summarised(np.array([[0.0, 0.2], [0.0, 0.2]]))
-    assert found == pytest.approx({"mean": 0.1, "low": 0.0, "high": 0.2})
 
 
 def test_scratch_of_more_steps(trainings, tmp_path):
@@ -319,7 +287,7 @@ def test_a_full_disk_is_one_line(trainings, tmp_path, monkeypatch):
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(study, "write_csv", full)
+    monkeypatch.setattr(study, "write_dice", full)
     with pytest.raises(UserError, match=r"study: No space left on device: .*study\.csv; what is done stays done"):
         study.main(arguments(tmp_path, "--shots", "1", "--seeds", "1"))
 

@@ -13,7 +13,7 @@ from random_weights import random_weights
 from alice_jax import train_state
 from alice_jax.models.casa import CASA
 from alice_jax.models.heads import Head
-from alice_jax.models.nnformer import NNFormer, spread
+from alice_jax.models.nnformer import NNFormer, drop_rates
 from alice_jax.objectives import alice
 
 torch = pytest.importorskip("torch")
@@ -165,7 +165,7 @@ def test_the_twin_starts_as_we_do_and_is_as_noisy():
 
     for network in (twin.student, twin.teacher):
         rates = [module.rate for module in network.backbone.modules() if isinstance(module, DropPath)]
-        encoder, decoder = spread(0.3, (2, 1, 1)), spread(0.3, (1, 2))[::-1]
+        encoder, decoder = drop_rates(0.3, (2, 1, 1)), drop_rates(0.3, (1, 2))[::-1]
         assert rates == pytest.approx([rate for stage in encoder + decoder for rate in stage])
     assert {module.p for module in twin.casa.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
     kept = DropPath(0.25)(torch.ones(64, 3, 5))

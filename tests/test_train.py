@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from builders import noise_store
 
-from alice_jax import checkpoint, metrics, provenance, tasks, train
+from alice_jax import checkpoint, metrics, provenance, settings, tasks, train
 from alice_jax.coverage import read as coverage_of
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
@@ -161,17 +161,17 @@ def test_a_workdir_of_another_run_is_refused(finished, store):
 def test_nested_tuples_of_a_configuration_are_the_same_when_read_back(tmp_path):
     config = embedder.get_config("tiny")
     for _ in range(2):
-        train.claim(str(tmp_path), config)
+        settings.claim(str(tmp_path), config)
     with config.unlocked():
         config.model.stage_kernels_zyx = ((1, 1, 1),) * 4
     with pytest.raises(UserError, match=r"model\.stage_kernels_zyx"):
-        train.claim(str(tmp_path), config)
+        settings.claim(str(tmp_path), config)
 
 
 def test_a_run_from_before_meshes_had_settings_goes_on(tmp_path):
     config = pretrain.get_config("tiny")
     checkpoint.write_config(str(tmp_path), {name: value for name, value in config.to_dict().items() if name != "mesh"})
-    train.claim(str(tmp_path), config)
+    settings.claim(str(tmp_path), config)
     assert checkpoint.read_config(str(tmp_path))["mesh"]["parameters"] == 1
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from alice_jax.data.cells import Triple
 from alice_jax.data.foreground import STRIDE
 from alice_jax.data.store import Store
 from alice_jax.data.views import WINDOW_HU, crop_around, foreground_points, windowed
-
-Triple = tuple[int, int, int]
 
 
 def even_starts(low: int, high: int, size: int) -> list[int]:

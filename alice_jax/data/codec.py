@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from alice_jax.data.cells import Triple
 from alice_jax.data.octree import Octree
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
 
-Triple = tuple[int, int, int]
 CODEC_FILE = "embedder.json"
 FORMAT = 3
 EPSILON = 1e-12

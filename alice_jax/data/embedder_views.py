@@ -15,12 +15,13 @@ import numpy as np
 from scipy import ndimage
 
 from alice_jax.data import geometry
+from alice_jax.data.cells import Triple
 from alice_jax.data.embeddings import Embedding
+from alice_jax.data.hounsfield import AIR_HU
 from alice_jax.data.partner_map import partner_map
 from alice_jax.data.splines import SplineField, random_field
-from alice_jax.data.store import AIR_HU, Store
+from alice_jax.data.store import Store
 
-Triple = tuple[int, int, int]
 LEAST_KNOWN = 0.1  # share of a view's body that a partner must be known to show
 TONES_HU = (-1000, -700, -400, -130, -70, -20, 20, 50, 80, 120, 180, 280, 500, 1000, 2000)  # closer among soft tissues
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from alice_jax.data.cells import Triple
 from alice_jax.data.codec import Codec, Level, fit_level, normalise, read_codec
 from alice_jax.data.foreground import body_share
 from alice_jax.data.store import Store
@@ -47,7 +48,6 @@ __all__ = [
     "write_embedding",
 ]
 
-Triple = tuple[int, int, int]
 HASH = "embedder"  # array of 32 bytes
 ARRAYS = ("cubes", "fine", "coarse", HASH)
 EXPANDED = ("body", "keys", "cube_row", "cube_cells", "cube_vectors", "coarse_vectors")

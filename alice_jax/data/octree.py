@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-Triple = tuple[int, int, int]
+from alice_jax.data.cells import Triple
+
 CUBE_MM = 16.0
 
 

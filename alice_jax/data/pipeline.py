@@ -97,7 +97,7 @@ def batches(
 def _settle(parent: int, *_: int) -> None:
     """In a worker: stopping is left to the loop, which still needs a batch to finish its step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker_process.settle(parent)
+    worker_process.tie_to(parent)
 
 
 def _watched(stream: Any, timeout_s: float) -> Iterator[Sample]:

@@ -14,11 +14,12 @@ import numpy as np
 from scipy import ndimage
 
 from alice_jax.data import geometry, label_maps
-from alice_jax.data.store import AIR_HU, Store
+from alice_jax.data.cells import Triple
+from alice_jax.data.hounsfield import AIR_HU
+from alice_jax.data.store import Store
 from alice_jax.data.views import WINDOW_HU, foreground_points, windowed
 from alice_jax.errors import UserError
 
-Triple = tuple[int, int, int]
 POINTS = 256  # of each class that are remembered of a scan, evenly spread over all its voxels
 
 

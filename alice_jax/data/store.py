@@ -29,11 +29,11 @@ import tensorstore as ts
 from alice_jax.data import files, geometry, zarr
 from alice_jax.data.copies import Copies
 from alice_jax.data.files import Files
+from alice_jax.data.hounsfield import AIR_HU
 from alice_jax.data.scan import Scan
 from alice_jax.errors import UserError
 
 FORMAT, VERSION = "alice_jax store", 1
-AIR_HU = -1024
 FRAME = "index order (z, y, x); axes grow toward Left (x), Posterior (y), Superior (z)"
 HANDLES = 256  # open arrays kept for reuse
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from alice_jax.data.cells import Triple
 from alice_jax.data.codec import normalise
-
-Triple = tuple[int, int, int]
 
 
 def corners(at_zyx: np.ndarray, shape_zyx: Triple) -> tuple[np.ndarray, np.ndarray]:

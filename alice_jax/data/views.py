@@ -12,11 +12,11 @@ import numpy as np
 
 from alice_jax.data import masks, matching
 from alice_jax.data.consensus import consensus
+from alice_jax.data.hounsfield import AIR_HU
 from alice_jax.data.partners import Partners, origins
 from alice_jax.data.store import Store
 
 WINDOW_HU = (-125.0, 225.0)
-AIR_HU = -1024
 DRAWS = 3  # of a whole sample at most, where weak pairs are drawn again
 WEAK = ("keep", "down-weight", "redraw")
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 
-def settle(parent: int) -> None:
+def tie_to(parent: int) -> None:
     """To be called in the worker.
 
     Args:

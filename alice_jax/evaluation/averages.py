@@ -96,12 +96,17 @@ def report(title: str, table: Table, signed: bool = False) -> str:
     heads = "".join(f"{TITLES[metric][0]:>26}" for metric in METRICS)
     lines = [title, f"{'':<24}{'cases':>6}{heads}"]
     for name, metrics in table.items():
-        cells = "".join(f"{_cell(metrics[metric], TITLES[metric][1], signed):>26}" for metric in METRICS)
+        cells = "".join(f"{with_interval(metrics[metric], TITLES[metric][1], signed):>26}" for metric in METRICS)
         lines.append(f"{name[:23]:<24}{metrics[METRICS[0]]['cases']:>6}{cells}")
     return "\n".join(lines)
 
 
-def _cell(numbers: Mapping[str, float], form: str, signed: bool) -> str:
+def with_interval(numbers: Mapping[str, float], form: str, signed: bool = False) -> str:
+    """The mean of a `summary` and its interval, as people read it.
+
+    >>> with_interval({"mean": 0.5, "low": 0.25, "high": 0.75}, "{:.2f}", signed=True)
+    '+0.50 [+0.25, +0.75]'
+    """
     form = form.replace(":", ":+") if signed else form
     if np.isnan(numbers["mean"]):
         return "–"
@@ -119,7 +124,7 @@ def write_rows(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
         for run, rows in runs.items()
         for row in rows
     )
-    _write(path, header, lines)
+    write_csv(path, header, lines)
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -129,14 +134,15 @@ def write_table(path: Path, table: Table) -> None:
         [name, *(_text(metrics[metric][column]) for metric in METRICS for column in COLUMNS)]
         for name, metrics in table.items()
     )
-    _write(path, header, lines)
+    write_csv(path, header, lines)
 
 
 def _text(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def _write(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """A file of the header and these lines."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from alice_jax import contract, pretrained, sharding, tasks
 from alice_jax.contract import Contract
 from alice_jax.data import matching
-from alice_jax.data.cells import triple
+from alice_jax.data.cells import Triple, triple
 from alice_jax.data.class_views import grid_crops, with_body
 from alice_jax.data.codec import normalise
 from alice_jax.data.embeddings import body_cells
@@ -34,7 +34,6 @@ from alice_jax.tasks.task import compute_dtype, contract_of
 
 WHICH = ("teacher", "student", "random")
 AT_ONCE = 8  # crops on each device
-Triple = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)

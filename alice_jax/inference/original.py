@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from alice_jax.data.cells import Triple
 from alice_jax.data.scan import Scan
 from alice_jax.data.upsampling import linear
-
-Triple = tuple[int, int, int]
 
 
 def label_dtype(classes: int) -> Any:

@@ -18,10 +18,10 @@ import numpy as np
 
 from alice_jax import sharding
 from alice_jax.contract import Contract
-from alice_jax.data.store import AIR_HU
+from alice_jax.data.cells import Triple
+from alice_jax.data.hounsfield import AIR_HU
 from alice_jax.models.backbone import Backbone
 
-Triple = tuple[int, int, int]
 # segment(params, (n, d, h, w, 1) float32 from 0 to 1) -> logits (n, d, h, w, classes)
 Segment = Callable[[Any, jax.Array], jax.Array]
 SIGMA = 1 / 8  # of the Gaussian, in sides of a window

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from alice_jax.errors import UserError
-
-Triple = tuple[int, int, int]
+from alice_jax.models.layers import Triple
 
 
 @flax.struct.dataclass

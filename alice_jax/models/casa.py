@@ -21,7 +21,6 @@ class CASA(nn.Module):
     inner: int = 2048
     heads: int = 8
     head_dim: int = 64
-    value_dim: int | None = None  # of one head; `head_dim` unless given
     dropout: float = 0.1
     query_residual: bool = False
     dtype: Any = jnp.float32
@@ -32,7 +31,7 @@ class CASA(nn.Module):
 
         self.query = linear(self.heads * self.head_dim, False)
         self.key = linear(self.heads * self.head_dim, False)
-        self.value = linear(self.heads * (self.value_dim or self.head_dim), False)
+        self.value = linear(self.heads * self.head_dim, False)
         self.out = linear(self.width, False)
         self.norm1 = LayerNorm(1e-6, self.dtype)
         self.fc1 = linear(self.inner, True)

@@ -13,7 +13,7 @@ class Prototypes(nn.Module):
     """A weight-normalised linear layer without bias: (..., bottleneck) -> (..., count).
 
     With the gain at 1 and normalised input the outputs are cosines. The gain is a parameter because the authors'
-    layout has it; it receives no gradient unless `train_gain`.
+    layout has it; it receives no gradient unless `train_gain`, which is there to compare with their head of free gains.
     """
 
     count: int

@@ -2,7 +2,8 @@
 
 Parameters are float32 whatever the compute type. `start` names how a layer starts: `"uniform"` is PyTorch's
 default U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, `"normal"` is N(0, 0.02) and `"he"` is He's normal
-for leaky ReLUs of slope 0.01 (nnU-Net's), both with zero biases; a number is another deviation for `"normal"`.
+for leaky ReLUs of slope 0.01 (nnU-Net's), both with zero biases; a number is another deviation for `"normal"`, and
+an initialiser is the kernel's own.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Init = Callable[..., jax.Array]
+Triple = tuple[int, int, int]
 
 
 def uniform(limit: float) -> Init:
@@ -26,13 +28,14 @@ def uniform(limit: float) -> Init:
     return draw
 
 
-def starting_values(start: str | float, fan_in: int) -> tuple[Init, Init]:
+def starting_values(start: str | float | Init, fan_in: int) -> tuple[Init, Init]:
     """The initialisers of a layer's kernel and bias."""
     if start == "uniform":
         return uniform(fan_in**-0.5), uniform(fan_in**-0.5)
     if isinstance(start, str):
         start = {"normal": 0.02, "he": (2 / (1 + 0.01**2) / fan_in) ** 0.5}[start]
-    return nn.initializers.normal(start), nn.initializers.zeros
+    kernel = start if callable(start) else nn.initializers.normal(start)
+    return kernel, nn.initializers.zeros
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -40,10 +43,10 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
-def l2_normalise(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """`x / max(|x|, eps)` over the last axis, in float32, with a finite gradient at zero."""
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """`x / max(|x|, 1e-12)` over the last axis, in float32, with a finite gradient at zero."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
@@ -167,35 +170,40 @@ class Linear(nn.Module):
         return y
 
 
-class Conv3(nn.Module):
-    """A 3x3x3 convolution with one voxel of zero padding: (b, d, h, w, in) -> (b, ceil(d/s), ..., features).
+class Conv(nn.Module):
+    """A convolution, zero-padded by kernel // 2: (b, d, h, w, in) -> (b, ceil(d/s), ..., features), for odd kernels.
 
-    Computed plane by plane: the three taps along the depth become input channels of a 2-D convolution. The numbers
-    are those of a 3-D one, which XLA computes several times slower on a CPU (its strided gradient a hundred times),
-    and the single channel of a volume fills more of a TPU's lanes.
+    Computed plane by plane: the taps along the depth become input channels of a 2-D convolution. The numbers are those
+    of a 3-D one, which XLA computes several times slower on a CPU (its strided gradient a hundred times), and the
+    single channel of a volume fills more of a TPU's lanes. Parameters as in `nn.Conv`.
     """
 
     features: int
-    strides: tuple[int, int, int] = (1, 1, 1)
+    kernel: Triple = (3, 3, 3)
+    strides: Triple = (1, 1, 1)
+    use_bias: bool = True
     dtype: Any = jnp.float32
-    start: str = "uniform"
+    start: str | Init = "uniform"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, d, h, w, channels = x.shape
-        kernel_init, bias_init = starting_values(self.start, 27 * channels)
-        kernel = self.param("kernel", kernel_init, (3, 3, 3, channels, self.features), jnp.float32)
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-        planes = jnp.concatenate([x[:, tap : tap + d : self.strides[0]] for tap in range(3)], axis=-1)
+        kd, kh, kw = self.kernel
+        kernel_init, bias_init = starting_values(self.start, kd * kh * kw * channels)
+        kernel = self.param("kernel", kernel_init, (kd, kh, kw, channels, self.features), jnp.float32)
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
+        planes = jnp.concatenate([x[:, tap : tap + d : self.strides[0]] for tap in range(kd)], axis=-1)
         y = jax.lax.conv_general_dilated(
-            planes.reshape(-1, h, w, 3 * channels),
-            kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, 3 * channels, self.features).astype(self.dtype),
+            planes.reshape(-1, h, w, kd * channels),
+            kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kd * channels, self.features).astype(self.dtype),
             window_strides=self.strides[1:],
-            padding=[(1, 1), (1, 1)],
+            padding=[(kh // 2, kh // 2), (kw // 2, kw // 2)],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return add_bias(y.reshape(b, -1, *y.shape[1:]), bias)
+        y = y.reshape(b, -1, *y.shape[1:])
+        if self.use_bias:
+            y = add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
+        return y
 
 
 class Expand(nn.Module):
@@ -205,7 +213,7 @@ class Expand(nn.Module):
     """
 
     features: int
-    kernel: tuple[int, int, int]
+    kernel: Triple
     dtype: Any = jnp.float32
     start: str = "uniform"
 

@@ -4,7 +4,7 @@
       -> patch embedding -> encoder stage 0 .. 3, each followed by its own norm = the skips
       skip 3 -> decoder stage 2 (with skip 2) -> decoder tokens -> stages 1, 0 -> expand -> reconstruction, or logits
 
-Stage i works on the grid `crop / patch / 2**i` with `width * 2**i` channels; decoder stages carry the number of the
+Stage i works on the grid `crop / 2**(i + 1)` with `width * 2**i` channels; decoder stages carry the number of the
 encoder stage whose grid they share and run from coarse to fine. Arrays are channels-last.
 """
 
@@ -16,33 +16,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from alice_jax.errors import UserError
-from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv3, DropPath, Expand, LayerNorm, Linear, Mlp, gelu
+from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
+from alice_jax.models.layers import Conv, DropPath, Expand, LayerNorm, Linear, Mlp, Triple, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
+
+PATCH: Triple = (2, 2, 2)  # voxels of a token of the finest grid
 
 
 class PatchEmbed(nn.Module):
-    """Four 3x3x3 convolutions that turn voxels into tokens: (b, d, h, w, c) -> (b, d/p, h/p, w/p, width).
+    """Four 3x3x3 convolutions that turn voxels into tokens: (b, d, h, w, c) -> (b, d/2, h/2, w/2, width).
 
-    Two stages of two; the strides sit on the first convolution of each stage. GELU and LayerNorm follow every
-    convolution, but the last has no GELU.
+    The first has stride 2. GELU and LayerNorm follow every convolution, but the last has no GELU.
     """
 
     width: int
-    strides: tuple[Triple, Triple]
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        layers = (
-            ("1_1", self.width // 2, self.strides[0]),
-            ("1_2", self.width // 2, (1, 1, 1)),
-            ("2_1", self.width, self.strides[1]),
-        )
-        for name, features, strides in layers:
-            x = gelu(Conv3(features, strides, self.dtype, name=f"conv{name}")(x))
+        for name, features in (("1_1", self.width // 2), ("1_2", self.width // 2), ("2_1", self.width)):
+            strides = PATCH if name == "1_1" else (1, 1, 1)
+            x = gelu(Conv(features, strides=strides, dtype=self.dtype, name=f"conv{name}")(x))
             x = LayerNorm(dtype=self.dtype, name=f"norm{name}")(x)
-        x = Conv3(self.width, dtype=self.dtype, name="conv2_2")(x)
+        x = Conv(self.width, dtype=self.dtype, name="conv2_2")(x)
         return LayerNorm(dtype=self.dtype, name="norm2_2")(x)
 
 
@@ -52,7 +48,6 @@ class Block(nn.Module):
     heads: int
     window: int
     shifted: bool
-    mlp_ratio: int
     drop_path: float
     position_index: str
     start: str
@@ -74,7 +69,6 @@ class SkipBlock(nn.Module):
 
     heads: int
     window: int
-    mlp_ratio: int
     drop_path: float
     position_index: str
     start: str
@@ -93,7 +87,7 @@ def _finish(block: Block | SkipBlock, x: jax.Array, attended: jax.Array, train: 
     drop = DropPath(block.drop_path, name="drop_path")
     x = x + drop(attended, train)
     y = LayerNorm(dtype=block.dtype, name="norm2")(x)
-    y = Mlp(block.mlp_ratio * x.shape[-1], block.start, block.dtype, name="mlp")(y)
+    y = Mlp(4 * x.shape[-1], block.start, block.dtype, name="mlp")(y)
     return x + drop(y, train)
 
 
@@ -109,7 +103,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = LayerNorm(dtype=self.dtype, name="norm")(gelu(x))
-        return Conv3(2 * x.shape[-1], (2, 2, 2), self.dtype, name="conv")(y)
+        return Conv(2 * x.shape[-1], strides=(2, 2, 2), dtype=self.dtype, name="conv")(y)
 
 
 class Upsample(nn.Module):
@@ -128,7 +122,6 @@ class EncoderStage(nn.Module):
 
     heads: int
     window: int
-    mlp_ratio: int
     drop_paths: tuple[float, ...]
     position_index: str
     dtype: Any
@@ -140,8 +133,7 @@ class EncoderStage(nn.Module):
         kind = RematBlock if self.remat else Block
         for j, rate in enumerate(self.drop_paths):
             shifted = j % 2 == 1
-            block = kind(self.heads, self.window, shifted, self.mlp_ratio, rate, *settings, name=f"block{j}")
-            x = block(x, train)
+            x = kind(self.heads, self.window, shifted, rate, *settings, name=f"block{j}")(x, train)
         return x
 
 
@@ -150,7 +142,6 @@ class DecoderStage(nn.Module):
 
     heads: int
     window: int
-    mlp_ratio: int
     drop_paths: tuple[float, ...]
     position_index: str
     dtype: Any
@@ -163,16 +154,14 @@ class DecoderStage(nn.Module):
         x = Upsample(self.dtype, name="upsample")(x)
         for j, rate in enumerate(self.drop_paths):
             if j == 0:
-                first = first_kind(self.heads, self.window, self.mlp_ratio, rate, *settings, name="block0")
-                x = first(x, skip, train)
+                x = first_kind(self.heads, self.window, rate, *settings, name="block0")(x, skip, train)
             else:
-                block = kind(self.heads, self.window, True, self.mlp_ratio, rate, *settings, name=f"block{j}")
-                x = block(x, train)
+                x = kind(self.heads, self.window, True, rate, *settings, name=f"block{j}")(x, train)
         return x
 
 
 class NNFormer(Backbone):
-    """The authors' backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
+    """The authors' backbone. A crop's sides must be multiples of `2**stages`: 16 voxels by default.
 
     `encode`, `decode_tokens` and `decode_voxels` are its three parts, so that a caller pays only for what it uses;
     calling it runs all three. `segment` runs them too and, with `deep_supervision`, has logits of every decoder stage.
@@ -190,12 +179,9 @@ class NNFormer(Backbone):
     """
 
     width: int = 48
-    patch_zyx: Triple = (2, 2, 2)
-    stem_strides: tuple[Triple, Triple] = ((2, 2, 2), (1, 1, 1))
     depths: tuple[int, ...] = (2, 2, 2, 2)
     heads: tuple[int, ...] = (6, 12, 24, 48)
     windows: tuple[int, ...] = (4, 4, 8, 4)
-    mlp_ratio: int = 4
     drop_path: float = 0.2
     position_index: str = "correct"
     mask_tokens: bool = True
@@ -205,35 +191,31 @@ class NNFormer(Backbone):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        stem_patch = tuple(int(a * b) for a, b in zip(*self.stem_strides, strict=True))
-        if stem_patch != tuple(self.patch_zyx):
-            raise UserError(f"stem_strides {self.stem_strides}: their product must be patch_zyx {self.patch_zyx}")
         if not len(self.depths) == len(self.heads) == len(self.windows):
             raise UserError(f"depths {self.depths}, heads {self.heads}, windows {self.windows}: give one per stage")
         stages = range(len(self.depths))
         check_remat(self.remat, len(stages))
-        encoder_rates = spread(self.drop_path, self.depths)
-        decoder_rates = spread(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
-        self.patch_embed = PatchEmbed(self.width, self.stem_strides, self.dtype)
+        encoder_rates = drop_rates(self.drop_path, self.depths)
+        decoder_rates = drop_rates(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
+        self.patch_embed = PatchEmbed(self.width, self.dtype)
         start = nn.initializers.normal(0.02)
         self.mask_token = self.param("mask_token", start, (self.width,), jnp.float32) if self.mask_tokens else None
 
         def stage(kind: type[EncoderStage] | type[DecoderStage], i: int, rates: tuple[float, ...]) -> nn.Module:
-            sizes = (self.heads[i], self.windows[i], self.mlp_ratio)
-            return kind(*sizes, rates, self.position_index, self.dtype, i in self.remat)
+            return kind(self.heads[i], self.windows[i], rates, self.position_index, self.dtype, i in self.remat)
 
         self.encoder = [stage(EncoderStage, i, encoder_rates[i]) for i in stages]
         self.skip_norm = [LayerNorm(dtype=self.dtype) for _ in stages]
         self.downsample = [Downsample(self.dtype) for _ in stages[:-1]]
         self.decoder = [stage(DecoderStage, i, decoder_rates[i]) for i in stages[:-1]]
-        self.expand = Expand(self.out_channels, self.patch_zyx, self.dtype)
+        self.expand = Expand(self.out_channels, PATCH, self.dtype)
         if self.deep_supervision:
             self.level_head = [Linear(self.out_channels, start="uniform", dtype=self.dtype) for _ in stages[:-1]]
 
     @property
     def token_stride_zyx(self) -> Triple:
-        d, h, w = (p * 2 ** (len(self.depths) - 1) for p in self.patch_zyx)
-        return d, h, w
+        side = 2 ** len(self.depths)
+        return side, side, side
 
     @property
     def encoder_channels(self) -> int:
@@ -275,7 +257,7 @@ class NNFormer(Backbone):
         """volume (b, d, h, w, c) -> logits (b, d, h, w, out_channels) float32.
 
         With `deep_supervision` those of each decoder stage follow, finest first, each from a 1x1x1 head on its grid
-        crop / patch / 2**i.
+        crop / 2**(i + 1).
         """
         skips = self.encode(volume, train=train)
         levels = self._decoder_levels(skips, self.decode_tokens(skips, train), train)
@@ -294,10 +276,10 @@ class NNFormer(Backbone):
         return tuple(levels)
 
 
-def spread(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
+def drop_rates(rate: float, depths: tuple[int, ...]) -> list[tuple[float, ...]]:
     """Drop rates that grow linearly from 0 to `rate` over all blocks, stage by stage.
 
-    >>> spread(0.3, (2, 2))
+    >>> drop_rates(0.3, (2, 2))
     [(0.0, 0.1), (0.2, 0.3)]
     """
     rates = [round(float(r), 9) for r in np.linspace(0.0, rate, sum(depths))]

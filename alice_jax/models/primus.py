@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alice_jax.errors import UserError
-from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import DropPath, Expand, LayerNorm, Linear, gelu, starting_values
+from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
+from alice_jax.models.layers import DropPath, Expand, LayerNorm, Linear, Triple, gelu, starting_values
 
 PATCH = 8  # voxels along each axis of a token
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from alice_jax.errors import UserError
-from alice_jax.models.backbone import Backbone, Triple, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv3, Expand, InstanceNorm, Linear
+from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
+from alice_jax.models.layers import Conv, Expand, InstanceNorm, Linear, Triple
 
 
 class ConvNorm(nn.Module):
@@ -30,7 +30,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Conv3(self.features, (self.stride,) * 3, self.dtype, "he", name="conv")(x)
+        x = Conv(self.features, strides=(self.stride,) * 3, dtype=self.dtype, start="he", name="conv")(x)
         start = nn.initializers.zeros if self.silent else nn.initializers.ones
         return InstanceNorm(start=start, dtype=self.dtype, name="norm")(x)
 

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from alice_jax.data.upsampling import centres, linear
-from alice_jax.models.embedder import Embedder, normalise, strides_zyx
+from alice_jax.models.embedder import Embedder, strides_zyx
+from alice_jax.models.layers import l2_normalise
 from alice_jax.objectives import Batch, Objective
 
 Tree = Any
@@ -80,7 +81,7 @@ def upsample_coarse(coarse: jax.Array, grid_zyx: tuple[int, ...], ratios_zyx: tu
     for axis, (size, ratio) in enumerate(zip(grid_zyx, ratios_zyx, strict=True), start=1):
         weights = jnp.asarray(linear(centres(np.arange(size), x.shape[axis], ratio), x.shape[axis]))
         x = jnp.moveaxis(jnp.tensordot(x, weights, axes=(axis, 1)), -1, axis)
-    return normalise(x)
+    return l2_normalise(x)
 
 
 def choose_negatives(

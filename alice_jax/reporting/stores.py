@@ -18,10 +18,10 @@ SLAB_MM = 32.0
 FIT_CELLS = 3000  # of each scan, for the principal components
 
 
-def spread(ids: Sequence[str], count: int) -> list[str]:
+def evenly(ids: Sequence[str], count: int) -> list[str]:
     """At most `count` of them, evenly taken.
 
-    >>> spread(["a", "b", "c", "d"], 2)
+    >>> evenly(["a", "b", "c", "d"], 2)
     ['a', 'c']
     """
     count = min(count, len(ids))
@@ -38,9 +38,9 @@ def cohort_section(store: Store, guilty: Mapping[str, str]) -> Section:
       guilty: what is wrong with scans; these are shown first.
     """
     ids = store.ids()
-    scans = store.scans(spread(ids, TABLE_SCANS))
+    scans = store.scans(evenly(ids, TABLE_SCANS))
     marked = list(guilty)[:SHEET_SCANS]
-    shown = marked + spread([id for id in ids if id not in guilty], SHEET_SCANS - len(marked))
+    shown = marked + evenly([id for id in ids if id not in guilty], SHEET_SCANS - len(marked))
     caption = (
         f"{len(shown)} of {len(ids)} scans: mean of {SLAB_MM:.0f} mm through the middle of the body, from the front "
         "and from the patient's left. Heads are up, livers on the left and hearts on the right; in the side views "
@@ -241,7 +241,7 @@ def embedding_check(store: Store, done: Sequence[str], trained_with: str | None 
 
 def embeddings_section(store: Store, ids: Sequence[str]) -> Section:
     """The same place of a few bodies, with the vectors' three principal components as colours."""
-    shown = spread(ids, PCA_SCANS)
+    shown = evenly(ids, PCA_SCANS)
     caption = (
         "Red, green and blue are the three main directions of the vectors, the same in all scans: like anatomy has "
         "like colours, and body and colours have one outline. The planes go through the middle of the first body "

@@ -10,7 +10,7 @@ INKS = {"scratch": figures.INK, "scratch-long": figures.GREY}  # of the others t
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG of the rows of `study.compared`: Dice, and how much more than other arms'; frozen arms are dashed."""
+    """A PNG of the rows of `arms.compared`: Dice, and how much more than other arms'; frozen arms are dashed."""
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     coloured = dict.fromkeys(name for name in (arm.split(",")[0] for arm in arms) if name not in INKS)

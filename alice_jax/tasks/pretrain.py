@@ -59,10 +59,10 @@ def networks(config: ConfigDict) -> alice.Alice:
     )
 
 
-def recipe(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
+def schedules_of(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any], Any]]:
     """Every scalar of the recipe as a function of the step."""
     method, optimizer, total = config.method, config.optimizer, config.steps
-    peak, start = optimizer.lr, 0.0
+    peak = optimizer.lr
     if method.mode == "release":
         peak *= config.batch_size / 256
     warmup = schedules.duration(optimizer.warmup, "optimizer.warmup", steps_per_epoch, total)
@@ -79,7 +79,7 @@ def recipe(config: ConfigDict, steps_per_epoch: int) -> dict[str, Callable[[Any]
         return schedules.ramp(index, *method.teacher_temperature, length)
 
     return {
-        "learning_rate": lambda step: schedules.warmup_cosine(step, peak, optimizer.min_lr, total, warmup, start),
+        "learning_rate": lambda step: schedules.warmup_cosine(step, peak, optimizer.min_lr, total, warmup),
         "weight_decay": lambda step: schedules.warmup_cosine(step, decay_from, decay_to, total),
         "momentum": lambda step: schedules.warmup_cosine(step, momentum_from, momentum_to, total),
         "temperature_cls": temperature,
@@ -92,7 +92,7 @@ def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
     held = config.method.freeze_last_layer
     return alice.make(
         networks(config),
-        **recipe(config, steps_per_epoch),
+        **schedules_of(config, steps_per_epoch),
         clip=config.optimizer.clip,
         held_steps=schedules.duration(held, "method.freeze_last_layer", steps_per_epoch, config.steps),
     )

@@ -30,7 +30,6 @@ def check(report) -> None:
         inner=config["d_inner"],
         heads=config["n_head"],
         head_dim=config["d_k"],
-        value_dim=config["d_v"],
         query_residual=True,
     )
     query, online, target = (jnp.asarray(arrays[name]) for name in ("query", "kv_student", "kv_teacher"))

@@ -8,7 +8,8 @@ import numpy as np
 
 from alice_jax.data.embedder_views import network_input
 from alice_jax.interop import embedder as interop
-from alice_jax.models.embedder import Embedder, normalise
+from alice_jax.models.embedder import Embedder
+from alice_jax.models.layers import l2_normalise
 
 PATTERNS = ("sam*.npz",)
 EMBEDDING_LIMIT, HALF_LIMIT, STATISTICS_LIMIT = 1e-5, 1e-3, 1e-6
@@ -56,7 +57,7 @@ def check_network(report) -> None:
             got |= {f"layer{number}_out": stage, f"layer{number}_out_shape": np.array(stage.shape)}
             got[f"layer{number}_out_stats"] = statistics(stage)
         for level, before in zip(("fine", "coarse"), heads, strict=True):
-            unit = channels_first(normalise(before))
+            unit = channels_first(l2_normalise(before))
             got[f"{level}_normalised"], got[f"{level}_normalised_sub2"] = unit, unit[:, :, ::2, ::2, ::2]
             got[f"{level}_normalised_stats"], got[f"{level}_shape"] = statistics(unit), np.array(unit.shape)
             got[f"{level}_half"] = unit.astype(np.float16).astype(np.float32)

@@ -112,7 +112,6 @@ def check_stage(report, prefix: str, state: dict[str, np.ndarray]) -> None:
     stage = nnformer.EncoderStage(
         heads=heads,
         window=window,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] // channels,
         drop_paths=(0.0,) * depth,
         position_index="release",
         dtype=jnp.float32,
