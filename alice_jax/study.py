@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ def dice_of_run(config: ConfigDict, workdir: Path, store: Store, overlap: float)
         truth = read_labels(store, id, names)
         if not np.isin(truth, list(codes)).any():
             continue
-        found = np.stack([np.asarray(plane.argmax(-1), np.uint8) for plane in sliding.slices(store.read_volume(id))])
+        found = np.stack([np.asarray(plane.argmax(-1)) for plane in sliding.slices(store.read_volume(id))])
         cases[id] = {
             name: surfaces.dice(truth == code, found == number)
             for number, (code, name) in enumerate(codes.items(), 1)
@@ -302,7 +303,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = [text.partition("=") for text in args.pretrained]
     taken = [SCRATCH, LONG, PRETRAINING]
     for name, _, path in given:
-        if not (name.replace("-", "").isalnum() and path):
+        if not (re.fullmatch(r"[\w-]+", name) and path):
             raise UserError(f"--pretrained {name}: give NAME=PATH, such as alice=runs/alice")
         if name in taken or name.endswith(FROZEN):
             raise UserError(f"--pretrained {name}={path}: {name} names another arm; choose another name")

@@ -5,7 +5,6 @@ arXiv 2012.02383 (section III). It maps a CT volume to one unit vector per cell 
 such that the same anatomical place has similar vectors in every patient.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -106,13 +105,16 @@ class Embedder(nn.Module):
 
     def setup(self) -> None:
         kind = dict(dtype=self.dtype)
-        head = functools.partial(Conv, self.features, start=nn.initializers.xavier_uniform(), **kind)
         self.stem = ConvNorm(self.channels[0], self.stem_kernel_zyx, self.stem_stride_zyx, **kind)
         for stage in range(4):
             width, kernel = self.channels[stage], self.stage_kernels_zyx[stage]
             for block in range(self.blocks[stage]):
                 stride = self.stage_strides_zyx[stage] if block == 0 else (1, 1, 1)
                 setattr(self, f"layer{stage + 1}_block{block}", BasicBlock(width, kernel, stride, **kind))
+
+        def head(kernel: Triple) -> Conv:
+            return Conv(self.features, kernel, dtype=self.dtype, start=nn.initializers.xavier_uniform())
+
         for level in range(3):
             setattr(self, f"fine_lateral{level}", head((1, 1, 1)))
         self.coarse_lateral = head((1, 1, 1))
