@@ -32,23 +32,23 @@ def main_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What `call` returns in a fresh process; {"failed": why} where that runs out of memory."""
+def alone(call: Callable[..., dict[str, Any]], *args: Any, keep_memory: bool = True) -> dict[str, Any]:
+    """What `call` returns in a fresh process; {"failed": why} where that runs out of memory.
+
+    Args:
+      keep_memory: whether malloc is set as the project sets it, also for what it is compared with.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_with_kept_memory, call, *args).result()
+            if keep_memory:
+                pool.submit(host.keep_memory).result()
+            return pool.submit(call, *args).result()
         except BrokenProcessPool:
             return {"failed": "killed, out of memory"}
         except RuntimeError as error:
             if "memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return {"failed": "out of memory"}
-
-
-def _with_kept_memory(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The same malloc for ours and for what it is compared with."""
-    host.keep_memory()
-    return call(*args)
 
 
 def ceilings(precision: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 Each row is a process of its own, so that its peak memory is its own. Times are medians of `--repeats` calls after the
 first one. The ceilings, a large matrix product and a large copy, are measured in the same run; the bound of a step is
 the longer of the times that they need for the step's floating-point operations and for reading and writing the state
-once. PyTorch runs on the same device, in eager mode, and with --compile also through torch.compile.
+once. PyTorch runs on the same device, in eager mode, with malloc set as the project sets it and once more with
+glibc's own settings, and with --compile also through torch.compile.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from alice_jax import cli
 from alice_jax.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain.py"
+EAGER, UNTOUCHED, COMPILED = "torch", "torch untouched", "torch.compile"
 COLUMNS = {
     "compile_s": "compile s",
     "forward_s": "forward s",
@@ -36,6 +38,7 @@ COLUMNS = {
     "tera_flop": "TFLOP",
     "share_of_bound": "of bound",
     "times_eager": "× eager",
+    "times_untouched": "× untouched",
 }
 
 
@@ -44,7 +47,7 @@ class Case:
     """One row.
 
     Attributes:
-      program: "jax", "torch" (eager) or "torch.compile".
+      program: "jax", "torch" (eager), the same with malloc "untouched", or "torch.compile".
       pairs: in the batch.
       microbatch: pairs computed at once, 0 for the default: ours is the project's, PyTorch's all of them.
       remat: stages whose blocks are computed again for gradients.
@@ -150,7 +153,7 @@ def torch_row(case: Case) -> dict[str, Any]:
     config = case.config()
     dtype = torch.bfloat16 if case.precision == "bfloat16" or (case.precision == "auto" and on_gpu) else None
     twin = torch_twin.Twin(width=config.model.width, crop=case.crop).to(device)
-    train_step = torch_step.TrainStep(twin, autocast=dtype, compile=case.program == "torch.compile")
+    train_step = torch_step.TrainStep(twin, autocast=dtype, compile=case.program == COMPILED)
     cells = case.crop // 16
     parts = case.pairs // case.microbatch if case.microbatch else 1
     volumes = torch.rand(case.pairs, 2, 1, *(case.crop,) * 3, device=device)
@@ -189,7 +192,7 @@ def row(case: Case) -> dict[str, Any]:
 
 def judged(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> None:
     """Adds what follows from the measurements of all rows."""
-    eager = {(r["mode"], r["pairs"]): r["step_s"] for r in rows if r["program"] == "torch" and "step_s" in r}
+    steps = {(r["program"], r["mode"], r["pairs"]): r["step_s"] for r in rows if "step_s" in r}
     for each in rows:
         if "step_s" not in each:
             continue
@@ -198,8 +201,9 @@ def judged(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> None:
             computing = each["tera_flop"] / ceilings["tera_flop_per_s"]
             moving = 2 * each["state_gigabytes"] / ceilings["gigabytes_per_s"]
             each["share_of_bound"] = max(computing, moving) / each["step_s"]
-        if (each["mode"], each["pairs"]) in eager:
-            each["times_eager"] = eager[each["mode"], each["pairs"]] / each["step_s"]
+        for program, column in ((EAGER, "times_eager"), (UNTOUCHED, "times_untouched")):
+            if other := steps.get((program, each["mode"], each["pairs"])):
+                each[column] = other / each["step_s"]
 
 
 def table(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> str:
@@ -208,11 +212,11 @@ def table(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> str:
     lines = [
         f"{ceilings['device']}, {os.cpu_count()} cores, {ceilings['precision']}: "
         f"{ceilings['tera_flop_per_s']:.3g} TFLOP/s, {ceilings['gigabytes_per_s']:.3g} GB/s",
-        f"{'mode':8} {'pairs':>5} {'at once':>7} {'program':14}{titles}",
+        f"{'mode':8} {'pairs':>5} {'at once':>7} {'program':16}{titles}",
     ]
     for each in rows:
         cells = [f"{each[name]:.3g}" if name in each else "–" for name in COLUMNS]
-        start = f"{each['mode']:8} {each['pairs']:5} {each.get('at_once', each['pairs']):7} {each['program']:14}"
+        start = f"{each['mode']:8} {each['pairs']:5} {each.get('at_once', each['pairs']):7} {each['program']:16}"
         lines.append(start + (f"  {each['failed']}" if "failed" in each else "".join(f"{cell:>11}" for cell in cells)))
     return "\n".join(lines)
 
@@ -239,13 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for mode in args.modes:
         programs = ["jax"]
         if args.twin and mode == "release":
-            programs += ["torch", "torch.compile"] if args.compile else ["torch"]
+            programs += [EAGER, UNTOUCHED, COMPILED] if args.compile else [EAGER, UNTOUCHED]
         for pairs in args.pairs:
             for program in programs:
                 print(f"{mode} mode, {pairs} pair(s), {program} …", file=sys.stderr, flush=True)
                 settings = (args.crop, args.width, args.precision, args.microbatch, args.repeats, tuple(args.remat))
                 case = Case(program, mode, pairs, *settings)
-                rows.append(dataclasses.asdict(case) | measuring.alone(row, case))
+                rows.append(dataclasses.asdict(case) | measuring.alone(row, case, keep_memory=program != UNTOUCHED))
                 judged(rows, ceilings)
                 measuring.save(args.json, {"ceilings": ceilings, "rows": rows})  # what is done stays done
     print(table(rows, ceilings))
