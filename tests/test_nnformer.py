@@ -42,9 +42,9 @@ def count(model: NNFormer, crop: tuple[int, ...], channels: int = 1) -> int:
 
 SIZES = {
     "default": (NNFormer(), (64, 64, 64), 1, 9.726e6),
-    "synapse": (NNFormer(192, (2, 4, 4), ((2, 2, 2), (1, 2, 2)), out_channels=14), (64, 128, 128), 1, 150.0e6),
+    "synapse": (NNFormer(192, ((2, 2, 2), (1, 2, 2)), out_channels=14), (64, 128, 128), 1, 150.0e6),
     "brain tumour": (
-        NNFormer(96, (4, 4, 4), ((2, 2, 2), (2, 2, 2)), heads=(3, 6, 12, 24), out_channels=4),
+        NNFormer(96, ((2, 2, 2), (2, 2, 2)), heads=(3, 6, 12, 24), out_channels=4),
         (128, 128, 128),
         4,
         37.5e6,

@@ -4,7 +4,7 @@
       -> patch embedding -> encoder stage 0 .. 3, each followed by its own norm = the skips
       skip 3 -> decoder stage 2 (with skip 2) -> decoder tokens -> stages 1, 0 -> expand -> reconstruction, or logits
 
-Stage i works on the grid `crop / 2**(i + 1)` with `width * 2**i` channels; decoder stages carry the number of the
+Stage i works on the grid `crop / patch / 2**i` with `width * 2**i` channels; decoder stages carry the number of the
 encoder stage whose grid they share and run from coarse to fine. Arrays are channels-last.
 """
 
@@ -20,22 +20,26 @@ from alice_jax.models.backbone import Backbone, check_remat, with_marks, without
 from alice_jax.models.layers import Conv, DropPath, Expand, LayerNorm, Linear, Mlp, Triple, gelu
 from alice_jax.models.windows import WindowAttention, over_windows
 
-PATCH: Triple = (2, 2, 2)  # voxels of a token of the finest grid
-
 
 class PatchEmbed(nn.Module):
-    """Four 3x3x3 convolutions that turn voxels into tokens: (b, d, h, w, c) -> (b, d/2, h/2, w/2, width).
+    """Four 3x3x3 convolutions that turn voxels into tokens: (b, d, h, w, c) -> (b, d/p, h/p, w/p, width).
 
-    The first has stride 2. GELU and LayerNorm follow every convolution, but the last has no GELU.
+    Two stages of two; the strides sit on the first convolution of each stage. GELU and LayerNorm follow every
+    convolution, but the last has no GELU.
     """
 
     width: int
+    strides: tuple[Triple, Triple]
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for name, features in (("1_1", self.width // 2), ("1_2", self.width // 2), ("2_1", self.width)):
-            strides = PATCH if name == "1_1" else (1, 1, 1)
+        layers = (
+            ("1_1", self.width // 2, self.strides[0]),
+            ("1_2", self.width // 2, (1, 1, 1)),
+            ("2_1", self.width, self.strides[1]),
+        )
+        for name, features, strides in layers:
             x = gelu(Conv(features, strides=strides, dtype=self.dtype, name=f"conv{name}")(x))
             x = LayerNorm(dtype=self.dtype, name=f"norm{name}")(x)
         x = Conv(self.width, dtype=self.dtype, name="conv2_2")(x)
@@ -161,7 +165,7 @@ class DecoderStage(nn.Module):
 
 
 class NNFormer(Backbone):
-    """The authors' backbone. A crop's sides must be multiples of `2**stages`: 16 voxels by default.
+    """The authors' backbone. A crop's sides must be multiples of `patch * 2**(stages - 1)`: 16 voxels by default.
 
     `encode`, `decode_tokens` and `decode_voxels` are its three parts, so that a caller pays only for what it uses;
     calling it runs all three. `segment` runs them too and, with `deep_supervision`, has logits of every decoder stage.
@@ -179,6 +183,7 @@ class NNFormer(Backbone):
     """
 
     width: int = 48
+    stem_strides: tuple[Triple, Triple] = ((2, 2, 2), (1, 1, 1))  # whose product is the patch
     depths: tuple[int, ...] = (2, 2, 2, 2)
     heads: tuple[int, ...] = (6, 12, 24, 48)
     windows: tuple[int, ...] = (4, 4, 8, 4)
@@ -197,7 +202,7 @@ class NNFormer(Backbone):
         check_remat(self.remat, len(stages))
         encoder_rates = drop_rates(self.drop_path, self.depths)
         decoder_rates = drop_rates(self.drop_path, self.depths[-2::-1])[::-1]  # the coarsest stage runs first
-        self.patch_embed = PatchEmbed(self.width, self.dtype)
+        self.patch_embed = PatchEmbed(self.width, self.stem_strides, self.dtype)
         start = nn.initializers.normal(0.02)
         self.mask_token = self.param("mask_token", start, (self.width,), jnp.float32) if self.mask_tokens else None
 
@@ -208,14 +213,20 @@ class NNFormer(Backbone):
         self.skip_norm = [LayerNorm(dtype=self.dtype) for _ in stages]
         self.downsample = [Downsample(self.dtype) for _ in stages[:-1]]
         self.decoder = [stage(DecoderStage, i, decoder_rates[i]) for i in stages[:-1]]
-        self.expand = Expand(self.out_channels, PATCH, self.dtype)
+        self.expand = Expand(self.out_channels, self.patch_zyx, self.dtype)
         if self.deep_supervision:
             self.level_head = [Linear(self.out_channels, start="uniform", dtype=self.dtype) for _ in stages[:-1]]
 
     @property
+    def patch_zyx(self) -> Triple:
+        """Voxels of a token of the finest grid."""
+        (d, h, w), (d2, h2, w2) = self.stem_strides
+        return d * d2, h * h2, w * w2
+
+    @property
     def token_stride_zyx(self) -> Triple:
-        side = 2 ** len(self.depths)
-        return side, side, side
+        d, h, w = (p * 2 ** (len(self.depths) - 1) for p in self.patch_zyx)
+        return d, h, w
 
     @property
     def encoder_channels(self) -> int:
@@ -257,7 +268,7 @@ class NNFormer(Backbone):
         """volume (b, d, h, w, c) -> logits (b, d, h, w, out_channels) float32.
 
         With `deep_supervision` those of each decoder stage follow, finest first, each from a 1x1x1 head on its grid
-        crop / 2**(i + 1).
+        crop / patch / 2**i.
         """
         skips = self.encode(volume, train=train)
         levels = self._decoder_levels(skips, self.decode_tokens(skips, train), train)
