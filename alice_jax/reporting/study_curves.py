@@ -10,7 +10,7 @@ INKS = {"scratch": figures.INK, "scratch-long": figures.GREY}  # of the others t
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG of the rows of `arms.compared`: Dice, and how much more than other arms'; frozen arms are dashed."""
+    """A PNG of the rows of `arms.compared`: Dice, and how much more than other arms'; hollow: frozen."""
     subsets = list(dict.fromkeys(row["subset"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     coloured = dict.fromkeys(name for name in (arm.split(",")[0] for arm in arms) if name not in INKS)
@@ -31,9 +31,10 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
             ends = [[value["mean"] - value["low"] for _, value in found]]
             ends += [[value["high"] - value["mean"] for _, value in found]]
             name, _, frozen = arm.partition(",")
-            line = "o--" if frozen else "o-"
-            axes.errorbar(at, means, ends, fmt=line, ms=4, capsize=2, color=colours[name], label=arm)
+            drawn = {"fmt": "o--", "mfc": "white"} if frozen else {"fmt": "o-"}
+            axes.errorbar(at, means, ends, ms=4, capsize=2, color=colours[name], label=arm, **drawn)
         axes.set_xticks(range(len(subsets)), subsets)
+        axes.set_xlim(-0.5, len(subsets) - 0.5)
         if place > 1:
             axes.axhline(0, color=figures.INK, lw=0.8)
     figure.axes[0].legend(fontsize=8, frameon=False)
