@@ -26,7 +26,7 @@ from alice_jax import cli
 from alice_jax.data import label_maps, landmarks, matching
 from alice_jax.data.landmarks import Questions, Truth
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.evaluation import backbone, classification, segmentation
 from alice_jax.evaluation.backbone import CellVectors
 
@@ -296,8 +296,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
     for name, least in (("pairs", 1), ("points", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: give a whole number of {least} or more")
+        check_at_least(least, f"--{name}", getattr(args, name))
     cli.check_folder_of("--json", args.json)
     return args
 

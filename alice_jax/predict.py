@@ -68,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.settle()
     out = Path(args.out)
     mine = find(args.input, out)[args.task_index :: args.task_count]
-    todo = [source for source in mine if args.overwrite or not _path(out, source).exists()]
-    print(f"{len(mine)} scans, {len(mine) - len(todo)} of them done already; loading {args.workdir}", flush=True)
-    undrawn = sum((path := _path(out, source)).exists() and not _picture(path).exists() for source in mine)
-    if undrawn and args.overlay and not args.overwrite:
+    todo: list[Source] = []
+    done: list[Source] = []
+    for source in mine:
+        (done if _path(out, source).exists() and not args.overwrite else todo).append(source)
+    print(f"{len(mine)} scans, {len(done)} of them done already; loading {args.workdir}", flush=True)
+    undrawn = sum(not _picture(_path(out, source)).exists() for source in done) if args.overlay else 0
+    if undrawn:
         print(f"{undrawn} of those done have no picture, which is drawn with the labels: add --overwrite", flush=True)
     network, params, contract = segment.load(args.workdir, args.step)
     _write_names(out, contract)

@@ -26,7 +26,7 @@ from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.pipeline import Samples
 from alice_jax.data.store import Store
 from alice_jax.data.views import PairSampler
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.reporting import orientation, page, pair_checks, runs, stores, student
 from alice_jax.reporting.page import Check, Section
 from alice_jax.reporting.pair_pictures import draw_pairs
@@ -84,8 +84,7 @@ def write_report(
       UserError: there is nothing to show, or it cannot be written.
     """
     path = Path(path)
-    if (seed or 0) < 0:
-        raise UserError(f"--seed {seed}: give a whole number of 0 or more")
+    check_at_least(0, "--seed", seed or 0)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--out {path}: name a file in an existing folder")
     if not 1 <= pairs <= MOST_PAIRS:

@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from alice_jax import checkpoint
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.tasks import backbones
 
 # Fields that may change between two runs of one workdir; with any other the numbers would belong to another run.
@@ -36,18 +36,15 @@ MAY_CHANGE = (
 def check(config: ConfigDict) -> None:
     """Refuses what no objective could run with."""
     for field in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every"):
-        if config[field] < 1:
-            raise UserError(f"{field} {config[field]}: give a whole number of 1 or more")
-    for field, value in (
-        ("seed", config.seed),
-        ("microbatch", config.microbatch),
-        ("data.workers", config.data.workers),
-        ("numerics.skip", config.numerics.skip),
+        check_at_least(1, field, config[field])
+    for least, field, value in (
+        (0, "seed", config.seed),
+        (0, "microbatch", config.microbatch),
+        (0, "data.workers", config.data.workers),
+        (0, "numerics.skip", config.numerics.skip),
+        (1, "data.threads", config.data.threads),
     ):
-        if value < 0:
-            raise UserError(f"{field} {value}: give a whole number of 0 or more")
-    if config.data.threads < 1:
-        raise UserError(f"data.threads {config.data.threads}: give a whole number of 1 or more")
+        check_at_least(least, field, value)
     if config.data.timeout_s <= 0:
         raise UserError(f"data.timeout_s {config.data.timeout_s}: give a number of seconds above 0")
     if config.data.cache_gb < 0:

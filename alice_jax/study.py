@@ -37,7 +37,7 @@ from alice_jax import builtin, checkpoint, cli, contract, host, tasks, train
 from alice_jax.data import embeddings, label_maps
 from alice_jax.data.segmentation_views import read_labels
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.evaluation import surfaces
 from alice_jax.evaluation.arms import LONG, SCRATCH, case_means, compared, table, write_dice
 from alice_jax.inference.sliding import Sliding
@@ -309,8 +309,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--pretrained {name}={path}: {name} names another arm; choose another name")
         taken.append(name)
     for flag, least in (("seeds", 1), ("steps", 0), ("pretraining_steps", 0), ("long_scratch", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a whole number of {least} or more")
+        check_at_least(least, f"--{flag.replace('_', '-')}", getattr(args, flag))
     for flag in ("overlap", "held_out"):
         if not 0 <= getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a share from 0 to below 1")

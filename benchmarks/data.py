@@ -37,7 +37,8 @@ from ml_collections import ConfigDict
 from alice_jax import builtin, cli, sharding, tasks, train
 from alice_jax.data import files as store_files
 from alice_jax.data import phantom, pipeline, views, zarr
-from alice_jax.data.store import AIR_HU, Store
+from alice_jax.data.hounsfield import AIR_HU
+from alice_jax.data.store import Store
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain.py"
 CROP = 64  # voxels on each axis

@@ -16,7 +16,7 @@ import numpy as np
 from measuring import alone, ceilings, main_memory_gib, measured, save
 
 from alice_jax import cli, embed, tasks
-from alice_jax.data.store import AIR_HU
+from alice_jax.data.hounsfield import AIR_HU
 
 CONFIG = Path(__file__).parents[1] / "configs" / "embedder.py"
 RECIPES = {"published network": "", "small network, cells of 8 mm": "small", "small network, cells of 4 mm": "small"}

@@ -18,6 +18,14 @@ def desk(tmp_path):
     return Desk(tmp_path)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """`prepare` without worker processes, which take seconds to start; test_prepare_processes.py is about them."""
+    from prepare_command import one_after_the_other  # here, since most tests prepare nothing
+
+    monkeypatch.setattr("alice_jax.prepare._run", one_after_the_other)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 

@@ -4,23 +4,16 @@ import json
 import os
 import signal
 
-import pytest
-
 from alice_jax import prepare as command
 from alice_jax.data.preparing import prepare_source
 from alice_jax.data.store import Store
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Worker processes take seconds to start; test_prepare_processes.py is about them."""
-
-    def run(store, jobs, known, workers):
-        own = Store.open(store.path)
-        for index, job in enumerate(jobs):
-            yield index, prepare_source(own, job, known)
-
-    monkeypatch.setattr(command, "_run", run)
+def one_after_the_other(store, jobs, known, workers):
+    """In place of `prepare._run`, without its worker processes."""
+    own = Store.open(store.path)
+    for index, job in enumerate(jobs):
+        yield index, prepare_source(own, job, known)
 
 
 def run(*args) -> int:

@@ -5,12 +5,14 @@ import re
 
 import numpy as np
 import pytest
-from prepare_command import in_this_process, reasons, report_of  # noqa: F401  (a fixture)
+from prepare_command import reasons, report_of
 from test_readers import AFFINE, ct_like, write_nifti
 
 from alice_jax.data import geometry, label_maps
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 SHAPE = (36, 32, 24)
 BONE, FAT = 1, 2

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from prepare_command import ids, in_this_process, reasons, report_of, run  # noqa: F401  (a fixture)
+from prepare_command import ids, reasons, report_of, run
 from test_bad_files import broken_files
 from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
@@ -19,6 +19,8 @@ from alice_jax.data.preparing import Outcome, prepare_scan
 from alice_jax.data.rejection import REMEDIES
 from alice_jax.data.store import Store
 from alice_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 # ---------------------------------------------------------------- frames
 

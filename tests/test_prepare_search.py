@@ -7,10 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from prepare_command import ids, in_this_process, reasons, report_of, run  # noqa: F401  (a fixture)
+from prepare_command import ids, reasons, report_of
 from test_readers import AFFINE, ct_like, itk_image, write_dicom, write_nifti
 
 from alice_jax.data.store import Store
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def test_folders_ids_and_patients(tmp_path, capsys):

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 from alice_jax.data import files
-from alice_jax.data.store import AIR_HU, Scan, Store
+from alice_jax.data.hounsfield import AIR_HU
+from alice_jax.data.store import Scan, Store
 from alice_jax.errors import UserError
 
 SHAPE = (70, 45, 90)

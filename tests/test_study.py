@@ -242,19 +242,9 @@ def test_a_recipe_that_names_its_scans_is_refused(store, no_training, tmp_path):
         "    config.data.train_scans = 'case1'\n"
         "    return config\n"
     )
+    settings = ["--workdir", str(tmp_path / "study"), "--store", store.path, "--pretrained", "a=b"]
     with pytest.raises(UserError, match=r"named.py: names data.train_scans, but a study draws them anew"):
-        study.main(
-            [
-                "--workdir",
-                str(tmp_path / "study"),
-                "--store",
-                store.path,
-                "--pretrained",
-                "a=b",
-                "--recipe",
-                str(recipe),
-            ]
-        )
+        study.main([*settings, "--recipe", str(recipe)])
 
 
 @pytest.mark.parametrize("share, left", [("0", "0 scans"), ("0.1", "1 scans")])

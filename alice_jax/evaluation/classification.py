@@ -18,7 +18,7 @@ from alice_jax import builtin, checkpoint, cli, host, tasks
 from alice_jax.data import class_labels
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.evaluation import backbone, class_scores
 from alice_jax.tasks.task import listed
 
@@ -134,7 +134,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args(argv)
     for name, least in (("folds", 2), ("repeats", 1), ("draws", 2)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: give a whole number of {least} or more")
+        check_at_least(least, f"--{name}", getattr(args, name))
     cli.check_folder_of("--json", args.json)
     return args

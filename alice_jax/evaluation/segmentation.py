@@ -20,7 +20,7 @@ from tqdm import tqdm
 from alice_jax import cli
 from alice_jax.data import geometry, label_maps, sources
 from alice_jax.data.rejection import Rejected
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.evaluation import averages
 from alice_jax.evaluation.averages import Row
 from alice_jax.evaluation.surfaces import score
@@ -197,6 +197,5 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.tolerance >= 0:
         raise UserError(f"--tolerance {args.tolerance}: give millimetres, 0 or more")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give a whole number of 0 or more")
+    check_at_least(0, "--seed", args.seed)
     return args

@@ -12,7 +12,7 @@ from alice_jax.data import class_labels
 from alice_jax.data.class_labels import ClassLabels
 from alice_jax.data.class_views import ClassSampler
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.evaluation import class_scores
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import classification
@@ -66,8 +66,7 @@ def task(config: ConfigDict, store: Store) -> Task:
     """Fine-tuning, or a linear probe, on the labelled scans of a store."""
     if config.method.kind not in KINDS:
         raise UserError(f"method.kind {config.method.kind!r}: choose {' or '.join(KINDS)}")
-    if config.views.crops < 1:
-        raise UserError(f"views.crops {config.views.crops}: give a whole number of 1 or more")
+    check_at_least(1, "views.crops", config.views.crops)
     labels = labels_of(config, store)
     scans, held_out = divided(config, labels)
     network = backbone_of(config)

@@ -12,7 +12,7 @@ from alice_jax import checkpoint
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler
 from alice_jax.data.embeddings import EmbeddingReader, read_codec
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.interop import embedder as embedder_weights
 from alice_jax.models.embedder import Embedder, strides_zyx
 from alice_jax.objectives import embedder
@@ -60,8 +60,7 @@ def check(config: ConfigDict, store: Store, network: Embedder) -> None:
     if any(size <= 0 or size % step for size, step in zip(views.shape_zyx, coarse, strict=True)):
         raise UserError(f"views.shape_zyx {views.shape_zyx}: give multiples of the coarse stride {coarse}")
     for name in ("reduce", "pairs"):
-        if views[name] < 1:
-            raise UserError(f"views.{name} {views[name]}: give a whole number of 1 or more")
+        check_at_least(1, f"views.{name}", views[name])
     if not 0 <= views.partner_share <= 1:
         raise UserError(f"views.partner_share {views.partner_share}: give a share from 0 to 1")
     if views.partner_share and read_codec(store) is None:

@@ -15,7 +15,7 @@ from alice_jax.data.embeddings import EmbeddingReader
 from alice_jax.data.partners import read_patients
 from alice_jax.data.store import Store
 from alice_jax.data.views import WEAK, WINDOW_HU, PairSampler
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.objectives import Objective, alice
 from alice_jax.tasks import backbones
 from alice_jax.tasks.task import Task, check_weights, checked_crop, compute_dtype, contract_of, epoch_of, split
@@ -114,8 +114,7 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int
     if not 0 <= config.views.agreeing <= 1:
         raise UserError(f"views.agreeing {config.views.agreeing}: give a share from 0 to 1")
     for name in ("tries", "tries_per_partner"):
-        if config.views[name] < 1:
-            raise UserError(f"views.{name} {config.views[name]}: give a whole number of 1 or more")
+        check_at_least(1, f"views.{name}", config.views[name])
     ratio = config.views.mask_ratio
     if isinstance(ratio, bool) or not 0 < ratio < 1:
         raise UserError(f"views.mask_ratio {ratio}: give a share between 0 and 1")

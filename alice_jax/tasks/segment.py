@@ -18,7 +18,7 @@ from alice_jax.contract import Contract
 from alice_jax.data import label_maps, phantom_tissues
 from alice_jax.data.segmentation_views import Augmentation, SegmentationSampler, read_labels
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.interop.names import leaves
 from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import segmentation
@@ -102,8 +102,7 @@ def subset(scans: Sequence[str], data: ConfigDict) -> tuple[str, ...]:
             f"data.shots {data.shots}: there are {len(scans)} labelled scans to train on; give 1 to {len(scans)}, or 0 "
             "for all"
         )
-    if data.subset_seed < 0:
-        raise UserError(f"data.subset_seed {data.subset_seed}: give a whole number of 0 or more")
+    check_at_least(0, "data.subset_seed", data.subset_seed)
     count = data.shots or max(1, round(data.fraction * len(scans)))
     chosen = np.random.default_rng(data.subset_seed).permutation(len(scans))[:count]
     return tuple(scans[i] for i in sorted(chosen))

@@ -14,7 +14,7 @@ from alice_jax import schedules
 from alice_jax.contract import Contract
 from alice_jax.data.pipeline import Sampler
 from alice_jax.data.store import Store
-from alice_jax.errors import UserError
+from alice_jax.errors import UserError, check_at_least
 from alice_jax.objectives import Objective
 
 
@@ -108,8 +108,7 @@ def check_recipe(config: ConfigDict) -> None:
         least = np.min(recipe[name])  # the decay of pretraining goes from one number to another
         if not (least >= 0 if zero else least > 0):
             raise UserError(f"optimizer.{name} {recipe[name]}: give a number {'of 0 or more' if zero else 'above 0'}")
-    if config.data.validation_samples < 0:
-        raise UserError(f"data.validation_samples {config.data.validation_samples}: give a whole number of 0 or more")
+    check_at_least(0, "data.validation_samples", config.data.validation_samples)
 
 
 def epoch_of(scans: Sequence[str], config: ConfigDict) -> int:
