@@ -7,6 +7,7 @@ an initialiser is the kernel's own.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from alice_jax.models import winograd
 
 Init = Callable[..., jax.Array]
 Triple = tuple[int, int, int]
@@ -170,12 +173,31 @@ class Linear(nn.Module):
         return y
 
 
+def planewise(x: jax.Array, kernel: jax.Array, strides: Triple = (1, 1, 1)) -> jax.Array:
+    """A convolution plane by plane: (b, d, h, w, in), (kd, kh, kw, in, out) -> (b, ceil(d/s), ..., out).
+
+    The taps along the depth become input channels of a 2-D one. The numbers are those of a 3-D one, which XLA computes
+    several times slower on a CPU (its strided gradient a hundred times), and the single channel of a volume fills more
+    of a TPU's lanes.
+    """
+    b, d, h, w, channels = x.shape
+    kd, kh, kw, _, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
+    planes = jnp.concatenate([x[:, tap : tap + d : strides[0]] for tap in range(kd)], axis=-1)
+    y = jax.lax.conv_general_dilated(
+        planes.reshape(-1, h, w, kd * channels),
+        kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kd * channels, features),
+        window_strides=strides[1:],
+        padding=[(kh // 2, kh // 2), (kw // 2, kw // 2)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(b, -1, *y.shape[1:])
+
+
 class Conv(nn.Module):
     """A convolution, zero-padded by kernel // 2: (b, d, h, w, in) -> (b, ceil(d/s), ..., features), for odd kernels.
 
-    Computed plane by plane: the taps along the depth become input channels of a 2-D convolution. The numbers are those
-    of a 3-D one, which XLA computes several times slower on a CPU (its strided gradient a hundred times), and the
-    single channel of a volume fills more of a TPU's lanes. Parameters as in `nn.Conv`.
+    Parameters as in `nn.Conv`.
     """
 
     features: int
@@ -187,20 +209,14 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, d, h, w, channels = x.shape
-        kd, kh, kw = self.kernel
-        kernel_init, bias_init = starting_values(self.start, kd * kh * kw * channels)
-        kernel = self.param("kernel", kernel_init, (kd, kh, kw, channels, self.features), jnp.float32)
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), (kd // 2, kd // 2), (0, 0), (0, 0), (0, 0)))
-        planes = jnp.concatenate([x[:, tap : tap + d : self.strides[0]] for tap in range(kd)], axis=-1)
-        y = jax.lax.conv_general_dilated(
-            planes.reshape(-1, h, w, kd * channels),
-            kernel.transpose(1, 2, 0, 3, 4).reshape(kh, kw, kd * channels, self.features).astype(self.dtype),
-            window_strides=self.strides[1:],
-            padding=[(kh // 2, kh // 2), (kw // 2, kw // 2)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        y = y.reshape(b, -1, *y.shape[1:])
+        shape = (*self.kernel, x.shape[-1], self.features)
+        kernel_init, bias_init = starting_values(self.start, math.prod(shape[:-1]))
+        kernel = self.param("kernel", kernel_init, shape, jnp.float32).astype(self.dtype)
+        x, of_planes = x.astype(self.dtype), functools.partial(planewise, strides=self.strides)
+        if winograd.pays(x.shape, shape, self.strides, self.dtype):
+            y = by_platform(x, kernel, cpu=winograd.convolve, others=of_planes)
+        else:
+            y = of_planes(x, kernel)
         if self.use_bias:
             y = add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
         return y
