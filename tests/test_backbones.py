@@ -103,6 +103,17 @@ def test_gradients_reach_every_parameter_and_recomputing_changes_none(case):
         np.testing.assert_allclose(one, other, atol=1e-4 * max(1.0, np.abs(one).max()))
 
 
+def test_from_the_start_the_features_of_unlike_crops_are_unlike(case):
+    """Self-distillation has nothing to tell apart otherwise; plain mean tokens of ResEnc have cosines of 0.996."""
+    _, model, *_ = case
+    z, y, x = np.indices(CROP[1:4]) / 16
+    crops = jnp.asarray([z, (y > 0.5) * 1.0, np.hypot(z - 0.5, x - 0.5) < 0.3, np.sin(9 * x) * y])[..., None]
+    weights = jax.jit(model.init)(jax.random.key(0), crops[:1])
+    cls = np.asarray(jax.jit(lambda crops: model.apply(weights, crops).cls)(crops.astype(jnp.float32)))
+    unit = cls / np.linalg.norm(cls, axis=1, keepdims=True)
+    assert (unit @ unit.T)[~np.eye(4, dtype=bool)].mean() < 0.99
+
+
 def test_bfloat16_is_close_and_keeps_float32_parameters(case, computed):
     _, model, weights, volume, hidden = case
     model = model.clone(dtype=jnp.bfloat16)

@@ -1,5 +1,6 @@
 """The embedder's network, names, views and objective."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import make_scan
 from test_matching import add_scan, make_store
 
 from alice_jax import tasks, train_state
 from alice_jax.data import embeddings, matching
 from alice_jax.data.embedder_views import Distortion, EmbedderSampler, block_mean, draw_view, network_input
-from alice_jax.data.store import Scan
+from alice_jax.data.store import Scan, Store
 from alice_jax.errors import UserError
 from alice_jax.interop import embedder as interop
 from alice_jax.models.embedder import Embedder, receptive_radius_zyx, strides_zyx, upsample_nearest
@@ -378,6 +380,17 @@ def test_configurations_build(tmp_path):
         jnp.zeros((1, 16, 64, 64, 1)),
     )
     assert sum(x.size for x in jax.tree.leaves(sizes["params"])) == 32_832_960
+
+
+def test_scans_of_one_patient_are_held_out_together(tmp_path):
+    store = Store.create(str(tmp_path / "store"), spacing_zyx_mm=(2.0, 2.0, 2.0))
+    for id, patient in (("a1", "Ann"), ("a2", "Ann"), ("b1", "Bob"), ("b2", "Bob")):
+        scan = dataclasses.replace(make_scan(id, (20, 20, 20)), patient=patient)
+        store.write_scan(scan, np.zeros((20, 20, 20), np.int16), np.ones((10, 10, 10), bool))
+    config = config_file.get_config("tiny")
+    config.data.validation_fraction = 0.25
+    task = tasks.make(config, store)
+    assert task.scans == ("b1", "b2") and task.validation_scans == ("a1", "a2")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from alice_jax.data.store import Store
 from alice_jax.data.views import windowed
 from alice_jax.errors import UserError
 from alice_jax.interop.names import leaves
-from alice_jax.models.backbone import Backbone, mean_token
+from alice_jax.models.backbone import Backbone
 from alice_jax.tasks.task import compute_dtype, contract_of
 
 WHICH = ("teacher", "student", "random")
@@ -131,13 +131,17 @@ class TrainedBackbone:
 
     @cached_property
     def _crop_feature(self) -> Callable[[Any, jax.Array], jax.Array]:
-        return jax.jit(lambda *args: mean_token(self._encode(*args)[-1]), out_shardings=sharding.replicated(self._mesh))
+        def feature(params: Any, volumes: jax.Array) -> jax.Array:
+            return self.network.cls_of(self._encode(params, volumes)[-1])
+
+        return jax.jit(feature, out_shardings=sharding.replicated(self._mesh))
 
     @cached_property
     def _decoder_tokens(self) -> Callable[[Any, jax.Array], jax.Array]:
         def tokens(params: Any, volumes: jax.Array) -> jax.Array:
             skips = self._encode(params, volumes)
-            return jnp.asarray(self.network.apply(params, skips, method="decode_tokens"), jnp.float32)
+            decoder_tokens = jnp.asarray(self.network.apply(params, skips, method="decode_tokens"))
+            return self.network.features_of(decoder_tokens).astype(jnp.float32)
 
         return jax.jit(tokens, out_shardings=sharding.replicated(self._mesh))
 

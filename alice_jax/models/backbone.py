@@ -23,7 +23,7 @@ from alice_jax.models.layers import Triple
 class Features:
     """All that a backbone gives for a crop."""
 
-    cls: jax.Array  # (b, encoder_channels) float32: mean over the encoder tokens
+    cls: jax.Array  # (b, encoder_channels) float32: `Backbone.cls_of` the encoder tokens
     encoder_tokens: jax.Array  # (b, d, h, w, encoder_channels)
     decoder_tokens: jax.Array  # (b, 2d, 2h, 2w, decoder_channels)
     reconstruction: jax.Array  # (b, crop depth, crop height, crop width, out_channels) float32
@@ -62,6 +62,16 @@ class Backbone(nn.Module):
         """The layer of the encoder, from 0, that a module of it belongs to: its number, or -1, before them all."""
         number = re.search(r"\d+", module)
         return int(number[0]) if number else -1
+
+    @nn.nowrap
+    def features_of(self, tokens: jax.Array) -> jax.Array:
+        """Encoder or decoder tokens (b, d, h, w, c) as heads, the alignment module and classifiers take them."""
+        return tokens
+
+    @nn.nowrap
+    def cls_of(self, encoder_tokens: jax.Array) -> jax.Array:
+        """The feature of a whole crop, the mean over its tokens': (b, d, h, w, c) -> (b, c) float32."""
+        return jnp.mean(self.features_of(encoder_tokens).astype(jnp.float32), axis=(1, 2, 3))
 
     def encode(
         self,
@@ -103,12 +113,7 @@ class Backbone(nn.Module):
         skips = self.encode(volume, hidden, position_embedding, train)
         decoder_tokens = self.decode_tokens(skips, train)
         voxels = self.decode_voxels(skips, decoder_tokens, train)
-        return Features(mean_token(skips[-1]), skips[-1], decoder_tokens, voxels)
-
-
-def mean_token(tokens: jax.Array) -> jax.Array:
-    """The `cls` feature: (b, d, h, w, c) -> (b, c) float32."""
-    return jnp.mean(tokens.astype(jnp.float32), axis=(1, 2, 3))
+        return Features(self.cls_of(skips[-1]), skips[-1], decoder_tokens, voxels)
 
 
 def without_hidden(volume: jax.Array, hidden: jax.Array | None, stride_zyx: Triple) -> jax.Array:

@@ -130,6 +130,14 @@ class ResEnc(Backbone):
     def decoder_channels(self) -> int:
         return self.features[-2]
 
+    @nn.nowrap
+    def features_of(self, tokens: jax.Array) -> jax.Array:
+        """Each normalised over its channels. Instance norms give a channel the same mean over any crop, so that means
+        of tokens as they are, and whatever attends to all of them alike, would hardly tell one crop from another."""
+        tokens = tokens.astype(jnp.float32)
+        centred = tokens - tokens.mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)).astype(self.dtype)
+
     def encode(
         self,
         volume: jax.Array,

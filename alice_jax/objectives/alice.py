@@ -15,7 +15,7 @@ import optax
 
 from alice_jax import losses, optimizer
 from alice_jax.data.masks import hidden_count
-from alice_jax.models.backbone import Backbone, mean_token
+from alice_jax.models.backbone import Backbone
 from alice_jax.models.casa import CASA
 from alice_jax.models.heads import Head, shared_last
 from alice_jax.objectives import Batch, Objective
@@ -214,7 +214,7 @@ class Alice:
         )
 
         def cls_logits(tree, module, skips):
-            features = head(tree, module, "project", mean_token(skips[-1]), "cls")
+            features = head(tree, module, "project", self.backbone.cls_of(skips[-1]), "cls")
             return head(tree, module, "logits", features, "cls")
 
         if weights.invariance:
@@ -226,7 +226,7 @@ class Alice:
         if weights.alignment:
 
             def casa_input(tree, module, tokens, source):
-                features = head(tree, module, "project", as_sequence(tokens), source)
+                features = head(tree, module, "project", as_sequence(self.backbone.features_of(tokens)), source)
                 return head(tree, module, "logits", features, "tokens") if mode.casa_on == "logits" else features
 
             target_tokens = teacher_skips[-1]
@@ -258,7 +258,7 @@ class Alice:
         weights = {"params": extra["teacher"]["backbone"]}
         skips: Any = self.backbone.apply(weights, volumes, None, position, train=False, method="encode")
         tokens = skips[-1]
-        return {"tokens": tokens.reshape(-1, tokens.shape[-1]), "crops": mean_token(tokens)}
+        return {"tokens": tokens.reshape(-1, tokens.shape[-1]), "crops": self.backbone.cls_of(tokens)}
 
     def losses(
         self, outputs: Outputs, extra: Tree, batch: Batch, temperature_cls: Any, temperature_tokens: Any

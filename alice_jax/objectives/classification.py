@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alice_jax.models.backbone import Backbone, mean_token
+from alice_jax.models.backbone import Backbone
 from alice_jax.objectives import Batch, Objective, started
 
 Tree = Any
@@ -75,7 +75,7 @@ def make(
             rngs = {} if key is None else {"drop_path": key}
             weights = {"params": params["backbone"]}
             skips: Any = backbone.apply(weights, volumes, train=train and not frozen, method="encode", rngs=rngs)
-            return mean_token(skips[-1])
+            return backbone.cls_of(skips[-1])
 
         volumes, weights = batch["volumes"], batch["weights"]
         if train:
