@@ -46,6 +46,10 @@ def pays(shape: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dt
 @jax.custom_vjp
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(b, d, h, w, in), (kd, 3, 3, in, out) -> (b, d, h, w, out), zero-padded, for an odd kd."""
+    return _convolve(x, kernel)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, d, h, w, channels = x.shape
     taps, features = kernel.shape[0], kernel.shape[-1]
     rows, columns = -(-h // OUT), -(-w // OUT)
@@ -76,9 +80,9 @@ def _sums(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
 def _gradient(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of the inputs it is a convolution too; as the transposed program it would take twice as long."""
     x, kernel = saved
-    of_x = convolve(gradient, kernel[::-1, ::-1, ::-1].swapaxes(3, 4))
-    (of_kernel,) = jax.linear_transpose(lambda kernel: convolve.fun(x, kernel), kernel)(gradient)
+    of_x = _convolve(gradient, kernel[::-1, ::-1, ::-1].swapaxes(3, 4))
+    (of_kernel,) = jax.linear_transpose(functools.partial(_convolve, x), kernel)(gradient)
     return of_x, of_kernel
 
 
-convolve.defvjp(lambda x, kernel: (convolve(x, kernel), (x, kernel)), _gradient)
+convolve.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _gradient)
