@@ -52,8 +52,7 @@ def preview(store: Store, only: Sequence[str] = (), seed: int = 0) -> Samples:
       png = draw_pairs(store, first_pairs(samples, 6), CROP_SHAPE_ZYX)
     """
     ids = store.ids()
-    patients = {scan.id: scan.patient for scan in store.scans(ids)}
-    scan_ids = tuple(dict.fromkeys(only)) or tasks.split(ids, VALIDATION_FRACTION, 2, patients)[0]
+    scan_ids = tuple(dict.fromkeys(only)) or tasks.split(ids, VALIDATION_FRACTION, 2, store.patients(ids))[0]
     sampler = PairSampler(store, EmbeddingReader(store), scan_ids, CROP_SHAPE_ZYX, MASK_GRID)
     return Samples(sampler, len(scan_ids), seed, global_batch=1, steps=ENDLESS)
 

@@ -133,6 +133,10 @@ class Store:
             self._scans[id] = Scan.from_json(record, f"scan {id}: scan.json in the store {self.path}")
         return [self._scans[id] for id in ids]
 
+    def patients(self, ids: Sequence[str]) -> dict[str, str]:
+        """The patient of each scan, by its id."""
+        return {scan.id: scan.patient for scan in self.scans(ids)}
+
     def write_scan(self, scan: Scan, volume: np.ndarray, foreground: np.ndarray) -> None:
         """Writes a scan; one of the same id is replaced with all that was computed from it.
 

@@ -66,7 +66,7 @@ def of_head(workdir: str, store: Store, labels: ClassLabels, features: np.ndarra
             "of these classes, in this order"
         )
     trained = set(state["host"]["coverage"]["counts"])
-    seen = {scan.patient for scan in store.scans(sorted(trained & set(store.ids())))}
+    seen = set(store.patients(sorted(trained & set(store.ids()))).values())
     rows = [row for row in judged_rows(labels) if labels.patients[row] not in seen]
     if not rows:
         return {}

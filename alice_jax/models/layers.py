@@ -212,11 +212,11 @@ class Conv(nn.Module):
         shape = (*self.kernel, x.shape[-1], self.features)
         kernel_init, bias_init = starting_values(self.start, math.prod(shape[:-1]))
         kernel = self.param("kernel", kernel_init, shape, jnp.float32).astype(self.dtype)
-        x, of_planes = x.astype(self.dtype), functools.partial(planewise, strides=self.strides)
+        x = x.astype(self.dtype)
         if winograd.pays(x.shape, shape, self.strides, self.dtype):
-            y = by_platform(x, kernel, cpu=winograd.convolve, others=of_planes)
+            y = by_platform(x, kernel, cpu=winograd.convolve, others=planewise)
         else:
-            y = of_planes(x, kernel)
+            y = planewise(x, kernel, self.strides)
         if self.use_bias:
             y = add_bias(y, self.param("bias", bias_init, (self.features,), jnp.float32))
         return y

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from alice_jax.errors import UserError
 from alice_jax.models.backbone import Backbone, check_remat, with_marks, without_hidden
-from alice_jax.models.layers import Conv, Expand, InstanceNorm, Linear, Triple
+from alice_jax.models.layers import Conv, Expand, InstanceNorm, Linear, Triple, layer_norm
 
 
 class ConvNorm(nn.Module):
@@ -134,9 +134,8 @@ class ResEnc(Backbone):
     def features_of(self, tokens: jax.Array) -> jax.Array:
         """Each normalised over its channels. Instance norms give a channel the same mean over any crop, so that means
         of tokens as they are, and whatever attends to all of them alike, would hardly tell one crop from another."""
-        tokens = tokens.astype(jnp.float32)
-        centred = tokens - tokens.mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5)).astype(self.dtype)
+        channels = tokens.shape[-1]
+        return layer_norm(tokens, jnp.ones(channels), jnp.zeros(channels), 1e-5, self.dtype)
 
     def encode(
         self,

@@ -252,7 +252,7 @@ class Alice:
         return out
 
     def features(self, params: Tree, extra: Tree, batch: Batch) -> dict[str, jax.Array]:
-        """The teacher's last tokens of whole crops, `(2·batch·tokens, channels)`, and each crop's mean of them."""
+        """The teacher's last tokens of whole crops, `(2·batch·tokens, channels)`, and each crop's feature."""
         volumes = batch["volumes"].reshape(-1, *batch["volumes"].shape[2:])
         position = extra["position"]["teacher"] if "position" in extra else None
         weights = {"params": extra["teacher"]["backbone"]}

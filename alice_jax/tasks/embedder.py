@@ -78,8 +78,8 @@ def task(config: ConfigDict, store: Store) -> Task:
     """The anatomical embedder on views of single scans."""
     network = network_of(config.model.to_dict(), compute_dtype(config.precision))
     check(config, store, network)
-    patients = {scan.id: scan.patient for scan in store.scans(store.ids())}
-    scans, validation_scans = split(list(patients), config.data.validation_fraction, at_least=1, patients=patients)
+    ids = store.ids()
+    scans, validation_scans = split(ids, config.data.validation_fraction, at_least=1, patients=store.patients(ids))
     if not scans:
         raise UserError(f"data.store {store.path}: holds no scans; prepare some")
     optimizer, views = config.optimizer, config.views

@@ -141,14 +141,13 @@ def divided(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[st
     ids = store.ids()
     if len(ids) < 2:
         raise UserError(f"data.store {store.path}: holds {len(ids)} scans and a pair needs two; prepare more")
-    scans = store.scans(ids)
-    patients = {scan.id: scan.patient for scan in scans}
+    patients = store.patients(ids)
     patients |= read_patients(config.data.patients) if config.data.patients else {}
     if config.views.same_patient == "allow":
         return *split(ids, config.data.validation_fraction, at_least=2), patients
     for what, count in (
         ("of one patient", len({patients[id] for id in ids})),
-        ("copies of one scan", len({scan.sha256 for scan in scans})),
+        ("copies of one scan", len({scan.sha256 for scan in store.scans(ids)})),
     ):
         if count < 2:
             raise UserError(

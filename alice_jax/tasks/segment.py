@@ -122,7 +122,7 @@ def divided(config: ConfigDict, store: Store) -> tuple[tuple[str, ...], tuple[st
         raise UserError(
             f"data.store {store.path}: none of its {len(store.ids())} scans has labels; see docs/prepare.md"
         )
-    patients = {scan.id: scan.patient for scan in store.scans(labelled)}
+    patients = store.patients(labelled)
     scans, held_out = split(labelled, config.data.validation_fraction, at_least=1, patients=patients)
     return subset(scans, config.data), held_out
 
