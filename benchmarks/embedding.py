@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from measuring import alone, ceilings, main_memory_gib, measured, save
 
-from alice_jax import cli, embed, tasks
+from alice_jax import cli, embed, host, tasks
 from alice_jax.data.hounsfield import AIR_HU
 
 CONFIG = Path(__file__).parents[1] / "configs" / "embedder.py"
@@ -24,6 +24,7 @@ RECIPES = {"published network": "", "small network, cells of 8 mm": "small", "sm
 
 def ours(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Seconds a scan and gigabytes of main memory of the project's embedder."""
+    host.give_back_compilers()
     config = cli.recipe(f"{CONFIG}:{RECIPES[name]}")
     network = tasks.embedder.network_of(config.model.to_dict(), tasks.compute_dtype(config.precision))
     example = np.zeros((1, *config.views.shape_zyx, 1), np.float32)

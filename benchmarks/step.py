@@ -95,8 +95,9 @@ def jax_row(case: Case) -> dict[str, Any]:
     """The project's own step: compiled and placed as `alice_jax.train` does it."""
     import jax
 
-    from alice_jax import sharding, tasks, train_state
+    from alice_jax import host, sharding, tasks, train_state
 
+    host.give_back_compilers()
     config = case.config()
     objective = tasks.pretrain.objective(config, steps_per_epoch=1)
     rows, mesh, key = example_rows(config), sharding.make_mesh(), jax.random.key(0)

@@ -41,6 +41,20 @@ def test_freed_memory_is_kept():
         assert int(run(FAULTS.format(first=first))) >= 39_063 // 512
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.parametrize(("large_s", "trims"), [(0, True), (3600, False)])
+def test_what_compiling_a_large_program_held_is_given_back(large_s, trims):
+    """Here any program is large, or none."""
+    count = (
+        "import ctypes; from alice_jax import host; calls = []; real = ctypes.CDLL; "
+        "ctypes.CDLL = lambda name: type('Libc', (), {'malloc_trim': lambda self, pad: calls.append(pad)})(); "
+        f"host.LARGE_PROGRAM_S = {large_s}; host.give_back_compilers(); host.give_back_compilers(); "
+        "ctypes.CDLL = real; import jax; jax.jit(lambda x: x + 1)(1.0).block_until_ready(); before = len(calls); "
+        "jax.jit(lambda x: x + 2)(1.0).block_until_ready(); print(len(calls) - before)"
+    )
+    assert run(count) == str(int(trims))
+
+
 def test_compiled_programs_are_kept(tmp_path):
     unset = "import os; del os.environ['JAX_COMPILATION_CACHE_DIR']"
     cache = {"ALICE_JAX_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
