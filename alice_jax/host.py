@@ -10,7 +10,7 @@ import sys
 # glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 PLENTY_BYTES = 12 << 30  # a full-size step of eight pairs holds 8
-LARGE_PROGRAM_S = 5.0  # compiling; smaller ones hold little, and giving back costs the next step its pages
+LARGE_PROGRAM_S = 1.0  # of compiling; smaller ones hold little, and giving back costs the next step its pages
 
 
 def cache() -> str:
