@@ -91,7 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.method = ConfigDict()
     config.method.mode = "paper"  # or "release": what the authors' code computes
-    config.method.teacher_momentum = (0.996, 1.0)
+    config.method.teacher_momentum = (0.996, 1.0)  # for thousands of steps: it averages over the last 250
     config.method.teacher_temperature = (0.03, 0.04)  # see the README on why not the release's
     config.method.temperature_warmup = "50 epochs, 10 %"
     config.method.freeze_last_layer = "1 epochs, 10 %"
@@ -128,6 +128,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.validation_samples = 8
         config.microbatch = 4
         config.views.crop_shape_zyx = (32, 32, 32)
+        config.method.teacher_momentum = (0.95, 1.0)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
         config.model.resenc.features = (8, 16, 32, 64)

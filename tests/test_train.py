@@ -314,6 +314,16 @@ def test_the_first_line_says_what_is_read(store, tmp_path, monkeypatch, capsys):
     assert f"reading the store {store}\n" in capsys.readouterr().err
 
 
+def test_a_teacher_that_would_stay_near_its_random_start_is_warned_of(store):
+    """Half a cosine from 0.996 to 1 leaves it exp(−0.002 × steps) of that: 37 % after 500 steps, 2 % after 2,000."""
+    config, notes = small(store), {}
+    with config.unlocked():
+        config.method.teacher_momentum = (0.996, 1.0)
+        for config.steps in (500, 2000):
+            notes[config.steps] = tasks.make(config, Store.open(store)).notes
+    assert notes[2000] == () and notes[500][0].startswith("warning: after 500 steps 37% of the teacher")
+
+
 def test_help_says_how_to_use_it(capsys):
     assert train.main(["--help"]) == 0
     output = capsys.readouterr().out

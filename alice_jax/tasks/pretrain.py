@@ -20,6 +20,8 @@ from alice_jax.objectives import Objective, alice
 from alice_jax.tasks import backbones
 from alice_jax.tasks.task import Task, check_weights, checked_crop, compute_dtype, contract_of, epoch_of, split
 
+RANDOM_START = 0.1  # of the teacher, from which a run is warned of
+
 
 def networks(config: ConfigDict) -> alice.Alice:
     """The networks of a pretraining configuration; export and report build them from a workdir's config."""
@@ -96,6 +98,21 @@ def objective(config: ConfigDict, steps_per_epoch: int) -> Objective:
         clip=config.optimizer.clip,
         held_steps=schedules.duration(held, "method.freeze_last_layer", steps_per_epoch, config.steps),
     )
+
+
+def lagging(momentum: Callable[[Any], Any], steps: int) -> str:
+    """A warning for a run that ends before its teacher has left its random start, "" for a longer one.
+
+    The teacher is what students imitate and what fine-tuning begins with. Its start keeps the product of all momenta.
+
+    >>> lagging(lambda step: 0.996 + 0 * step, 500)
+    'warning: after 500 steps 13% of the teacher would still be its random start; lower method.teacher_momentum'
+    """
+    kept = float(np.prod(momentum(np.arange(steps))))
+    if kept < RANDOM_START:
+        return ""
+    start = f"{kept:.0%} of the teacher would still be its random start"
+    return f"warning: after {steps} steps {start}; lower method.teacher_momentum"
 
 
 def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -184,11 +201,14 @@ def task(config: ConfigDict, store: Store) -> Task:
             patients=patients,
         )
 
+    steps_per_epoch = epoch_of(scans, config)
+    late = lagging(schedules_of(config, steps_per_epoch)["momentum"], config.steps)
     return Task(
-        objective=objective(config, steps_per_epoch=epoch_of(scans, config)),
+        objective=objective(config, steps_per_epoch),
         sampler=sampler(scans),
         scans=scans,
         validation_sampler=sampler(validation_scans),
         validation_scans=validation_scans,
         contract=contract_of(store, WINDOW_HU, crop),
+        notes=(late,) if late else (),
     )
