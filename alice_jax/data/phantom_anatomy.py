@@ -7,8 +7,8 @@ stomach at x > 0.
 import functools
 
 import numpy as np
-from scipy.interpolate import CubicSpline
 
+from alice_jax.data import splines
 from alice_jax.data.phantom_canvas import Canvas, curve
 from alice_jax.data.phantom_tissues import VERTEBRAE
 
@@ -34,7 +34,7 @@ _SPINE_Y = [88, 76, 56, 43, 48, 58, 63, 57, 38, 28]
 
 def spine_y_mm(z_mm):
     """Centre (y) of the vertebral bodies at height z."""
-    return CubicSpline(_SPINE_Z, _SPINE_Y)(np.clip(z_mm, 60, 560))
+    return splines.through(_SPINE_Z, _SPINE_Y)(np.clip(z_mm, 60, 560))
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,7 +7,6 @@ x = 0 is the midline.
 from collections.abc import Callable
 
 import numpy as np
-from scipy.interpolate import CubicSpline
 
 from alice_jax.data import splines
 from alice_jax.data.phantom_tissues import CODES
@@ -24,7 +23,7 @@ def curve(waypoints_zyx_mm, radii_mm, step_mm: float = 1.5) -> tuple[np.ndarray,
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(waypoints, axis=0), axis=1))])
     samples = np.linspace(0, along[-1], max(int(along[-1] / step_mm), 2))
     bend = (
-        CubicSpline(along, waypoints)
+        splines.through(along, waypoints)
         if len(waypoints) > 2
         else lambda s: np.stack([np.interp(s, along, waypoints[:, i]) for i in range(3)], axis=1)
     )

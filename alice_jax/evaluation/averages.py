@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from alice_jax.evaluation.surfaces import Scores
 
@@ -51,6 +50,8 @@ def interval(values: Sequence[float], seed: int) -> tuple[float, float]:
     """Bootstrap interval of the mean, by percentiles; NaN for fewer than two values."""
     if len(values) < 2:
         return np.nan, np.nan
+    from scipy import stats  # here, since it takes a fifth of a second, and commands should answer at once
+
     found = stats.bootstrap(
         (np.asarray(values, float),),
         np.mean,
