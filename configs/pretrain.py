@@ -128,7 +128,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.validation_samples = 8
         config.microbatch = 4
         config.views.crop_shape_zyx = (32, 32, 32)
-        config.method.teacher_momentum = (0.95, 1.0)
         config.model.width = 24
         config.model.heads = (3, 6, 12, 24)
         config.model.resenc.features = (8, 16, 32, 64)

@@ -106,13 +106,11 @@ def lagging(momentum: Callable[[Any], Any], steps: int) -> str:
     The teacher is what students imitate and what fine-tuning begins with. Its start keeps the product of all momenta.
 
     >>> lagging(lambda step: 0.996 + 0 * step, 500)
-    'warning: after 500 steps 13% of the teacher would still be its random start; lower method.teacher_momentum'
+    'warning: 13% of the teacher will still be its random start; take more steps or a lower method.teacher_momentum'
     """
     kept = float(np.prod(momentum(np.arange(steps))))
-    if kept < RANDOM_START:
-        return ""
-    start = f"{kept:.0%} of the teacher would still be its random start"
-    return f"warning: after {steps} steps {start}; lower method.teacher_momentum"
+    remedy = "take more steps or a lower method.teacher_momentum"
+    return f"warning: {kept:.0%} of the teacher will still be its random start; {remedy}" if kept > RANDOM_START else ""
 
 
 def check(config: ConfigDict) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
