@@ -31,7 +31,7 @@ def keep_memory() -> None:
 
     On a CPU XLA asks for the memory of a program anew at each call, and glibc, left alone, gives gigabytes of it back
     to the kernel, which must find and clear every page again: a fifth of a train step's processor time. What is kept
-    may no longer fit the next call, so that two steps' memory is held in the end: only where there is plenty.
+    may no longer fit the next call, so that now and then two steps' memory is held: only where there is plenty.
     """
     if platform.libc_ver()[0] == "glibc" and _main_memory() >= PLENTY_BYTES:
         mallopt = ctypes.CDLL(None).mallopt
