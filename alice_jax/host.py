@@ -9,7 +9,7 @@ import sys
 
 # glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-PLENTY_BYTES = 12 << 30  # a full-size step of eight pairs holds 8
+PLENTY_BYTES = 6 << 30  # a full-size step holds 4.4, of however many pairs
 LARGE_PROGRAM_S = 1.0  # of compiling; smaller ones hold little, and giving back costs the next step its pages
 
 
@@ -22,7 +22,7 @@ def cache() -> str:
 def settle() -> None:
     """For commands that compile and compute, before their first array."""
     keep_memory()
-    give_back_compilers()
+    give_back_memory()
     keep_compiled()
 
 
@@ -31,7 +31,7 @@ def keep_memory() -> None:
 
     On a CPU XLA asks for the memory of a program anew at each call, and glibc, left alone, gives gigabytes of it back
     to the kernel, which must find and clear every page again: a fifth of a train step's processor time. What is kept
-    may no longer fit the next call, so that now and then two steps' memory is held: only where there is plenty.
+    is lost to other programs: only where there is plenty.
     """
     if platform.libc_ver()[0] == "glibc" and _main_memory() >= PLENTY_BYTES:
         mallopt = ctypes.CDLL(None).mallopt
@@ -41,16 +41,19 @@ def keep_memory() -> None:
 
 
 @functools.cache
-def give_back_compilers() -> None:
-    """Makes malloc give back what compilers of large programs freed, before the program asks for its own.
+def give_back_memory() -> None:
+    """Makes programs for a CPU give back what they work with before the next one asks; to be called before the first.
 
-    It lies in pieces that the program's arrays do not fit into: a full-size step of two pairs that found its programs
-    compiled held 7.1 GiB, and holds 4.4 without them.
+    JAX says that results are there a moment before their program gives back its memory, unless the program runs where
+    it is called: else full-size steps of four pairs came to hold 10.3 GiB in place of 4.4, and took twice as long. And
+    what compilers of large programs freed lies in pieces that the program's arrays do not fit into: two pairs whose
+    programs had been compiled before held 7.1 GiB in place of 4.4.
     """
+    import jax  # here, since whoever wants the memory alone may have another library to measure
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if platform.libc_ver()[0] != "glibc":
         return
-    import jax  # as in keep_compiled
-
     malloc_trim = ctypes.CDLL(None).malloc_trim
 
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
@@ -70,7 +73,7 @@ def keep_compiled() -> None:
 
     Programs for a CPU use its instruction set, so computers of another kind that share the folder get their own.
     """
-    import jax  # here, since whoever wants the memory alone may have another library to measure
+    import jax  # as in give_back_memory
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache(), "compiled", _processor()))

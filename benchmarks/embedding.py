@@ -27,7 +27,7 @@ TWINS = {"published network in PyTorch": True, "the same, malloc untouched": Fal
 
 def ours(name: str, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Seconds a scan and gigabytes of main memory of the project's embedder."""
-    host.give_back_compilers()
+    host.give_back_memory()
     config = cli.recipe(f"{CONFIG}:{RECIPES[name]}")
     network = tasks.embedder.network_of(config.model.to_dict(), tasks.compute_dtype(config.precision))
     example = np.zeros((1, *config.views.shape_zyx, 1), np.float32)

@@ -45,7 +45,7 @@ def scan_of(slices: int) -> tuple[Scan, np.ndarray, tuple[int, ...], np.ndarray]
 
 def ours(slices: int, batch: int) -> dict[str, Any]:
     """Seconds a scan, windows a second, those of the network by itself, and gigabytes of main memory."""
-    host.give_back_compilers()
+    host.give_back_memory()
     host.keep_compiled()
     import jax
 

@@ -47,8 +47,8 @@ from alice_jax import host
 trims, real = [], ctypes.CDLL
 ctypes.CDLL = lambda name: type("Libc", (), {{"malloc_trim": lambda self, pad: trims.append(pad)}})()
 host.LARGE_PROGRAM_S = {large_s}
-host.give_back_compilers()
-host.give_back_compilers()
+host.give_back_memory()
+host.give_back_memory()
 ctypes.CDLL = real
 import jax
 jax.jit(lambda x: x + 1)(1.0).block_until_ready()
@@ -63,6 +63,22 @@ print(len(trims) - before)
 def test_what_compiling_a_large_program_held_is_given_back_once(large_s, trims):
     """Here any program is large, or none."""
     assert int(run(TRIMS.format(large_s=large_s))) == trims
+
+
+READY = """
+from alice_jax import host
+{first}
+import jax, jax.numpy as jnp
+program = jax.jit(lambda x: x @ x @ x)
+x = program(jnp.ones((1500, 1500))).block_until_ready()
+print(program(x).is_ready())
+"""
+
+
+def test_a_program_for_a_cpu_runs_where_it_is_called():
+    """So that it has given back its memory when its results are there."""
+    assert run(READY.format(first="")) == "False"
+    assert run(READY.format(first="host.give_back_memory()")) == "True"
 
 
 def test_compiled_programs_are_kept(tmp_path):
