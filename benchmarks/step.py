@@ -5,9 +5,9 @@
     --json FILE                                                         the numbers as well as the table
 
 Each row is a process of its own, so that its peak memory is its own. Times are medians of `--repeats` calls after
-those that warm up. The ceilings, a large matrix product and a large copy, are measured in the same run; the bound of a step is
-the longer of the times that they need for the step's floating-point operations and for reading and writing the state
-once. PyTorch runs on the same device, in eager mode, with malloc set as the project sets it and once more with
+those that warm up. The ceilings, a large matrix product and a large copy, are measured in the same run; the bound of a
+step is the longer of the times that they need for the step's floating-point operations and for reading and writing the
+state once. PyTorch runs on the same device, in eager mode, with malloc set as the project sets it and once more with
 glibc's own settings, and with --compile also through torch.compile.
 """
 
